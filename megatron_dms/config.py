@@ -1,0 +1,183 @@
+"""DMSConfig: every setting of the method once, with its meaning, unit and source.
+
+The command-line flags (`arguments.py`), what a checkpoint stores and what an export writes are all derived
+from this class. Section numbers are those of the DMS paper (arXiv 2506.05345).
+"""
+
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+from megatron_dms.ops.schedule import CompressionSchedule
+
+BORROWED_CHANNEL_PREDICTORS = ("query_channel", "key_channel")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None, model: bool = False) -> Any:
+    """A field with its help text; `model` marks what a trained model means nothing without."""
+    return field(default=default, metadata={"help": help, "choices": choices, "model": model})
+
+
+@dataclass(frozen=True)
+class DMSConfig:
+    """All settings of one retrofit.
+
+    Raises:
+        ValueError: on construction, naming the value found, what is expected, and the fix.
+    """
+
+    predictor: str = _setting(
+        "query_channel",
+        "where the eviction logit comes from: the last channel of the first query head of each group, the last "
+        "channel of the key, or a linear layer of its own on the residual stream (section 3.1)",
+        choices=("query_channel", "key_channel", "linear"),
+        model=True,
+    )
+    granularity: str = _setting(
+        "head",
+        "one decision per KV head, or one per layer (KV head 0's)",
+        choices=("head", "layer"),
+        model=True,
+    )
+    alpha_scale: float = _setting(
+        100.0, "eviction logit = alpha_scale * raw value - alpha_offset; > 0", model=True
+    )
+    alpha_offset: float = _setting(
+        5.0,
+        "see alpha_scale; 5 makes the first decisions sigmoid(-5) = 0.007, so nothing is evicted at the start",
+        model=True,
+    )
+    window: int = _setting(
+        256,
+        "tokens for which a pair marked for eviction stays readable; 0 or more (section 3.2)",
+        model=True,
+    )
+    lag: int = _setting(
+        1,
+        "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's text, "
+        "equal to the window for immediate eviction, the paper's inferior ablation",
+        model=True,
+    )
+    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3.1)", model=True)
+    final_cr: float = _setting(8.0, "compression ratio that is reached and then held, 1 or more (section 3.3)")
+    steps_per_cr: float = _setting(100.0, "training steps per unit of compression ratio, > 0 (section 3.3)")
+    anneal: str = _setting(
+        "cr",
+        "what grows linearly: the compression ratio, or the evicted fraction",
+        choices=("cr", "fraction"),
+    )
+    compression_weight: float = _setting(1.0, "factor on the compression loss, 0 or more")
+    kl: str = _setting(
+        "teacher_student",
+        "distillation loss per token: KL(teacher || student) or KL(student || teacher)",
+        choices=("teacher_student", "student_teacher"),
+    )
+    zeroing_steps: int = _setting(
+        0,
+        "training steps, before the retrofit proper, that fade a borrowed channel out by distillation alone; "
+        "then its weights are set to zero. 0 = none; wanted once for a model that was never retrofitted",
+    )
+    train: str = _setting(
+        "all",
+        "what is trained: all weights (the paper's recipe), or the predictor alone: its norm and projection "
+        "(linear), or the borrowed rows of the QKV weight and bias",
+        choices=("all", "predictor"),
+    )
+    teacher: str | None = _setting(
+        None,
+        "the frozen teacher: a HF folder or a Megatron checkpoint of the same tokenizer, or 'self' (linear "
+        "predictor with --dms-train predictor only: the same weights with eviction off, no second copy)",
+    )
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            choices, value = item.metadata["choices"], getattr(self, item.name)
+            if choices and value not in choices:
+                raise ValueError(f"{flag_of(item.name)} is {value!r}, expected one of {', '.join(choices)}")
+        self._require(self.window >= 0, "window", ">= 0 tokens")
+        self._require(0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}")
+        self._require(self.temperature > 0, "temperature", "> 0")
+        self._require(self.alpha_scale > 0, "alpha_scale", "> 0")
+        self._require(self.final_cr >= 1, "final_cr", ">= 1 (1 = nothing is evicted)")
+        self._require(self.steps_per_cr > 0, "steps_per_cr", "> 0 steps")
+        self._require(self.compression_weight >= 0, "compression_weight", ">= 0")
+        self._require(self.zeroing_steps >= 0, "zeroing_steps", ">= 0 steps")
+        if self.zeroing_steps and not self.borrows_channel:
+            raise ValueError(
+                f"--dms-predictor linear together with --dms-zeroing-steps {self.zeroing_steps}: the linear "
+                "predictor borrows no channel, so there is nothing to fade out; use --dms-zeroing-steps 0"
+            )
+        if self.teacher == "self" and (self.borrows_channel or self.train != "predictor"):
+            raise ValueError(
+                f"--dms-teacher self with --dms-predictor {self.predictor} and --dms-train {self.train}: the "
+                "student's own weights are the teacher only while they stay as they are; use --dms-predictor "
+                "linear --dms-train predictor, or name a teacher checkpoint"
+            )
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def borrows_channel(self) -> bool:
+        """Whether the eviction logit is read from a channel of the queries or keys."""
+        return self.predictor in BORROWED_CHANNEL_PREDICTORS
+
+    @property
+    def schedule(self) -> CompressionSchedule:
+        """The compression schedule; its step 0 is training step `zeroing_steps`."""
+        return CompressionSchedule(self.final_cr, self.steps_per_cr, self.anneal)
+
+    def fade(self, step: int) -> float:
+        """Factor on the borrowed channel at training step `step` of the zeroing phase (DMS paper, appendix).
+
+        It reaches 0 after 80 % of the phase: the rest lets the model settle, and Adam's momentum for the rows
+        that are about to be zeroed die away.
+        """
+        return max(0.0, 1 - step / (0.8 * self.zeroing_steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a checkpoint stores."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DMSConfig":
+        """The inverse of to_dict; an unknown key is an error."""
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown DMS settings {unknown}; was this checkpoint written by a newer version?")
+        return cls(**values)
+
+    def check_against(self, stored: dict[str, Any], resuming: bool) -> None:
+        """Compare with the settings that a checkpoint holds.
+
+        Args:
+            stored: the checkpoint's settings; keys that it lacks are not compared.
+            resuming: True if training goes on where the checkpoint stopped, so that the schedule must agree
+                too; False if it starts anew from the checkpoint's weights.
+
+        Raises:
+            ValueError: names the field and both values.
+        """
+        for item in fields(self):
+            if item.name not in stored or item.name == "teacher" or not (resuming or item.metadata["model"]):
+                continue
+            if stored[item.name] != getattr(self, item.name):
+                fix = f"use {flag_of(item.name)} {stored[item.name]}"
+                if resuming and not item.metadata["model"]:
+                    fix += ", or --finetune to start a new schedule from these weights"
+                raise ValueError(
+                    f"{flag_of(item.name)} is {getattr(self, item.name)}, but the checkpoint was trained with "
+                    f"{stored[item.name]}; {fix}"
+                )
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--dms-" + name.replace("_", "-")
+
+
+def default_of(name: str) -> Any:
+    """The default of a field."""
+    default = next(item.default for item in fields(DMSConfig) if item.name == name)
+    assert default is not MISSING
+    return default

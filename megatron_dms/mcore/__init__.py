@@ -1,0 +1,1 @@
+"""The Megatron-Core plug-in: predictor, attention, layer specs, compression account."""

@@ -1,0 +1,156 @@
+"""DMS self-attention for Megatron-Core: predictor, eviction and core attention.
+
+The decision's raw value travels from the projections to the core attention as one more channel of the value,
+which RoPE does not touch: plain dataflow, so that recomputation of the core attention differentiates it like
+any other input, and no state is kept between the two.
+
+Shapes follow Megatron: T tokens, B samples, H query heads and G KV heads of this rank, D head size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from megatron_dms.config import DMSConfig
+from megatron_dms.mcore.ledger import attach_compression_loss
+from megatron_dms.mcore.microbatch import Microbatch, Phase
+from megatron_dms.mcore.predictor import BorrowedChannel, LinearPredictor, share_head_zero
+from megatron_dms.ops.attention import dms_attention
+from megatron_dms.ops.eviction import hard_eviction, logistic_noise, shift, soft_eviction
+
+
+class DMSSelfAttention(SelfAttention):
+    """Megatron's self-attention whose keys and values can be evicted.
+
+    `hidden_states` must be the residual stream before the input norm (see norms.py), and `packed_seq_params`
+    a Microbatch.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        dms: DMSConfig,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
+        self.dms = dms
+        if dms.predictor == "linear":
+            self.dms_predictor = LinearPredictor(config, self.tp_group)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As SelfAttention.forward. `key_value_states` means nothing to self-attention, and is the one argument
+        that Megatron passes on to get_query_key_value_tensors: it takes the microbatch there."""
+        microbatch = kwargs.get("packed_seq_params")
+        if not isinstance(microbatch, Microbatch):
+            raise TypeError(
+                f"DMS attention needs packed_seq_params to be a Microbatch, found {type(microbatch)}"
+            )
+        return super().forward(hidden_states, attention_mask, microbatch, *args, **kwargs)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Microbatch, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [T, B, H, D], key [T, B, G, D] and value with the decision's raw value, [T, B, G, D + 1]."""
+        query, key, value = super().get_query_key_value_tensors(hidden_states, None, *args, **kwargs)
+        borrowed = self.core_attention.borrowed
+        if self.dms.predictor == "linear":
+            raw = self.dms_predictor(hidden_states)
+        elif self.dms.predictor == "query_channel":
+            raw = borrowed.read(query)
+            query = borrowed.scale(query, key_value_states.fade)
+        else:
+            raw = borrowed.read(key)
+            key = borrowed.scale(key, key_value_states.fade)
+        if self.dms.granularity == "layer":
+            raw = share_head_zero(raw, self.tp_group)
+        return query, key, torch.cat([value, raw.unsqueeze(-1)], dim=-1)
+
+
+class DMSCoreAttention(MegatronModule):
+    """Eviction decisions and attention under their mask; the region of selective recomputation."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        dms: DMSConfig,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config)
+        if attn_mask_type != AttnMaskType.causal or attention_type != "self":
+            raise ValueError(
+                f"DMS needs causal self-attention, found {attention_type} attention, {attn_mask_type}"
+            )
+        tp_size, tp_rank = pg_collection.tp.size(), pg_collection.tp.rank()
+        self.dms = dms
+        self.layer = layer_number - 1  # Megatron counts from 1
+        self.scale = softmax_scale
+        self.groups = config.num_query_groups // tp_size
+        self.first_group = tp_rank * self.groups
+        self.borrowed = BorrowedChannel(
+            dms, config.num_attention_heads // tp_size, self.groups, tp_rank
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Microbatch | None = None,
+    ) -> Tensor:
+        """query [T, B, H, D] and key [T, B, G, D] after RoPE, value [T, B, G, D + 1] -> [T, B, H * D].
+
+        `attention_mask` is not used: the mask is causal, padding is on the right, and the rest is DMS.
+        """
+        # RoPE has mixed channel D/2 - 1 into the borrowed one, so it is scaled a second time.
+        if self.dms.predictor == "query_channel":
+            query = self.borrowed.scale(query, packed_seq_params.fade)
+        elif self.dms.predictor == "key_channel":
+            key = self.borrowed.scale(key, packed_seq_params.fade)
+        value, raw = value[..., :-1], value[..., -1]
+        log_keep = self._log_keep(raw.permute(1, 2, 0), packed_seq_params)  # [B, G, T]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, D]
+        out = dms_attention(q, k, v, log_keep, self.dms.window, self.scale)
+        T, B = query.shape[:2]
+        return out.permute(2, 0, 1, 3).reshape(T, B, -1)
+
+    def _log_keep(self, raw: Tensor, microbatch: Microbatch) -> Tensor:
+        """Decide, report to the account, and shift by the lag. raw: [B, G, T] -> [B, G, T] fp32."""
+        if microbatch.phase is Phase.ZEROING:
+            return torch.zeros_like(raw, dtype=torch.float32)
+        logits = self.dms.alpha_scale * raw.float() - self.dms.alpha_offset
+        heads = torch.arange(self.first_group, self.first_group + self.groups, device=raw.device)
+        if microbatch.phase is Phase.HARD:
+            eviction = hard_eviction(logits)
+        else:
+            eviction = soft_eviction(logits, self._noise(heads, microbatch), self.dms.temperature)
+        microbatch.account.report(self.layer, heads, eviction.alpha, eviction.hard, microbatch.valid)
+        log_keep = eviction.log_keep
+        if microbatch.phase is Phase.SOFT:
+            log_keep = attach_compression_loss(
+                log_keep, eviction.alpha, microbatch.valid, microbatch.account
+            )
+        return shift(log_keep, self.dms.lag)
+
+    def _noise(self, heads: Tensor, microbatch: Microbatch) -> Tensor:
+        """[B, G or 1, T]: one decision for the whole layer means one noise, head 0's."""
+        if self.dms.granularity == "layer":
+            heads = torch.zeros(1, dtype=heads.dtype, device=heads.device)
+        tokens = torch.arange(microbatch.valid.shape[1], device=heads.device)
+        return logistic_noise(microbatch.seed, microbatch.sample_ids, self.layer, heads, tokens)

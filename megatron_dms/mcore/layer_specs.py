@@ -1,0 +1,59 @@
+"""Layer specs: a plain GPT (the teacher) and the same GPT with DMS attention (the student).
+
+Both start from Megatron's own spec, local or Transformer Engine. The student's attention and core attention are
+replaced, nothing else. Without Transformer Engine the norms are replaced in both, see norms.py.
+"""
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_dms.config import DMSConfig
+from megatron_dms.mcore.attention import DMSCoreAttention, DMSSelfAttention
+from megatron_dms.mcore.norms import NormColumnParallelLinear, RMSNorm
+
+
+def dense_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, without DMS. config: a TransformerConfig or GPTModelConfig."""
+    return _block(_dense_layer_spec(config), config, vp_stage)
+
+
+def dms_block_spec(config: Any, vp_stage: int | None = None, *, dms: DMSConfig) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, with DMS attention; the signature Megatron's model builder calls."""
+    layer = deepcopy(_dense_layer_spec(config))
+    attention = layer.submodules.self_attention
+    attention.module = DMSSelfAttention
+    attention.params = {**attention.params, "dms": dms}
+    attention.submodules.core_attention = partial(DMSCoreAttention, dms=dms)
+    return _block(layer, config, vp_stage)
+
+
+def _dense_layer_spec(config: Any) -> ModuleSpec:
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
+    submodules = layer.submodules
+    submodules.input_layernorm = IdentityOp
+    submodules.pre_mlp_layernorm = RMSNorm
+    attention = submodules.self_attention.submodules
+    attention.linear_qkv = NormColumnParallelLinear
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
+
+
+def _block(layer: ModuleSpec, config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+    else:
+        final_norm = RMSNorm
+    layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)

@@ -1,0 +1,1 @@
+"""Where Megatron runs: on CUDA as it is, or on plain CPU cores with gloo."""

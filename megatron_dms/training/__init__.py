@@ -1,0 +1,1 @@
+"""What surrounds the model in training: data, teacher, forward step, metrics."""

@@ -1,0 +1,81 @@
+"""What is logged: scalars for Megatron's own loggers, and the picture of who keeps what.
+
+A scalar is reported as a pair (numerator, denominator): Megatron adds the pairs up over microbatches and
+data-parallel ranks and divides once, so that every layout logs the number of one process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dms.mcore.ledger import CompressionAccount
+from megatron_dms.ops.losses import compression_loss
+
+
+def pair(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
+    """A reported scalar, [2] fp32."""
+    return torch.stack(
+        [torch.as_tensor(x, dtype=torch.float32).detach().cpu() for x in (numerator, denominator)]
+    )
+
+
+def compression_reports(account: CompressionAccount, target_cr: float) -> dict[str, Tensor]:
+    """The pairs of one microbatch: loss, target and achieved compression ratio, soft and hard."""
+    samples = len(account.tokens)
+    entries = account.tokens * account.shape.layers * account.shape.groups  # [B] decisions of each sample
+    hard, soft = account.mean_alpha(hard=True), account.mean_alpha(hard=False)
+    return {
+        "compression loss": pair(samples * compression_loss(hard, account.target), samples),
+        "target CR": pair(samples * target_cr, samples),
+        "achieved CR (soft)": pair(entries.sum(), (entries * (1 - soft)).sum()),
+        "achieved CR (hard)": pair(entries.sum(), (entries * (1 - hard)).sum()),
+    }
+
+
+class LayerMeter:
+    """Evicted tokens per layer and KV head, over the microbatches and data-parallel ranks of a step."""
+
+    def __init__(self) -> None:
+        self._evicted: Tensor | float = 0.0
+        self._tokens: Tensor | float = 0.0
+
+    def add(self, account: CompressionAccount) -> None:
+        """Add one microbatch."""
+        self._evicted = self._evicted + account.evicted_per_head()
+        self._tokens = self._tokens + account.tokens.sum()
+
+    def kept_fraction(self, dp_group: dist.ProcessGroup) -> Tensor | None:
+        """[L, G] kept fraction of all that was added, on every rank of the group; starts anew. None if empty."""
+        if not isinstance(self._evicted, Tensor):
+            return None
+        totals = torch.cat([self._evicted.flatten(), self._tokens.reshape(1)])
+        dist.all_reduce(totals, group=dp_group)
+        kept = 1 - totals[:-1].view_as(self._evicted) / totals[-1]
+        self.__init__()
+        return kept
+
+
+def layer_extremes(kept: Tensor) -> tuple[tuple[int, float], tuple[int, float]]:
+    """(layer, CR) of the least and of the most compressed layer. kept: [L, G]."""
+    by_layer = kept.mean(dim=1)
+    least, most = int(by_layer.argmax()), int(by_layer.argmin())
+    smallest = torch.finfo(by_layer.dtype).tiny
+    return tuple((layer, 1 / max(float(by_layer[layer]), smallest)) for layer in (least, most))
+
+
+def draw_kept_fraction(kept: Tensor, title: str, path: Path) -> Any:
+    """Heat map of the kept fraction, layers down, KV heads across; saved as PNG. kept: [L, G] -> the figure."""
+    from matplotlib.figure import Figure
+
+    layers, groups = kept.shape
+    figure = Figure(figsize=(max(4.0, 0.5 * groups + 2), max(3.0, 0.25 * layers + 1.5)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(kept.cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set(xlabel="KV head", ylabel="layer", title=title, xticks=range(groups))
+    figure.colorbar(image, label="kept fraction of key-value pairs")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return figure

@@ -1,0 +1,230 @@
+"""From the command line to Megatron's checked arguments; all errors a user can make are found here.
+
+Order: DMS flags (before Megatron is even imported), Megatron's flags, the checkpoint to start from and its
+architecture, the data, the teacher. Each error is one line, before any process group exists.
+"""
+
+import argparse
+import difflib
+import sys
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_dms.arguments import add_dms_arguments, dms_config_from_args
+from megatron_dms.config import DMSConfig, flag_of
+
+# Settings of Megatron's that DMS attention does not read: accepting them would silently ignore them.
+_UNSUPPORTED = {
+    "context_parallel_size": (1, "context parallelism is not implemented yet"),
+    "virtual_pipeline_model_parallel_size": (None, "virtual pipeline stages are not implemented yet"),
+    "num_virtual_stages_per_pipeline_rank": (None, "virtual pipeline stages are not implemented yet"),
+    "num_layers_per_virtual_pipeline_stage": (None, "virtual pipeline stages are not implemented yet"),
+    "num_experts": (None, "mixture-of-experts models are not supported"),
+    "multi_latent_attention": (False, "multi-latent attention is not supported"),
+    "attention_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
+    "hidden_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
+    "mtp_num_layers": (None, "multi-token prediction is not supported"),
+    "calculate_per_token_loss": (False, "the forward step normalises by the tokens of the global batch itself"),
+    "rerun_mode": ("disabled", "the forward step reads a whole step's microbatches at once"),
+    "use_torch_fsdp2": (False, "it wraps the model in another way"),
+    "use_megatron_fsdp": (False, "it wraps the model in another way"),
+    "fused_single_qkv_rope": (False, "the borrowed channel is read before RoPE"),
+}
+
+
+class StartupError(ValueError):
+    """A mistake in flags, checkpoint or data: one line that says what was found, expected, and the fix."""
+
+
+def check_dms_flags(argv: list[str]) -> DMSConfig:
+    """Parse and validate the --dms-* flags alone, in milliseconds.
+
+    Raises:
+        StartupError: an unknown flag, a value of the wrong type or out of range, a contradiction.
+    """
+    parser = _OneLineParser(allow_abbrev=False, add_help=False)
+    add_dms_arguments(parser)
+    args, rest = parser.parse_known_args(argv)
+    known = [flag_of(item.name) for item in fields(DMSConfig)]
+    for word in rest:
+        flag = word.split("=")[0]
+        if flag.startswith("--dms"):
+            close = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise StartupError(f"unknown flag {flag}; {hint}")
+    try:
+        return dms_config_from_args(args)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise StartupError(message)
+
+
+def parse_megatron_args(dms: DMSConfig) -> Namespace:
+    """All flags, completed by the architecture of the checkpoint to start from, checked and made global.
+
+    Raises:
+        StartupError: see the module's docstring.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_dms.checkpoint import CheckpointError
+    from megatron_dms.training.data_arguments import validate_data_args
+    from megatron_dms.training.token_files import DataError
+
+    chosen: set[str] = set()
+    args = parse_args(lambda parser: _prepare_parser(parser, chosen))
+    try:
+        _check_supported(args)
+        stored = _adopt_checkpoint(args, dms, chosen)
+        validate_data_args(args)
+        _check_layout(args)
+        _check_training(args, dms)
+        _check_teacher(args, dms, stored)
+    except (CheckpointError, DataError, ValueError) as error:
+        raise StartupError(str(error)) from error
+    args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
+    try:
+        validate_args(args, {})
+    except AssertionError as error:
+        raise StartupError(f"Megatron refuses these flags: {error}") from error
+    set_global_variables(args)
+    return args
+
+
+def _prepare_parser(parser: argparse.ArgumentParser, chosen: set[str]) -> argparse.ArgumentParser:
+    """Add the DMS flags, this project's and the CPU's defaults; note which flags the command line holds."""
+    import torch
+
+    from megatron_dms.platform import cpu
+
+    add_dms_arguments(parser)
+    parser.set_defaults(
+        attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100
+    )
+    if getattr(torch.cuda, "_answered_by_megatron_dms", False):
+        parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
+    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    chosen.update(action.dest for action in parser._actions if given & set(action.option_strings))
+    parser.error = _raise_startup_error
+    return parser
+
+
+def _raise_startup_error(message: str) -> NoReturn:
+    raise StartupError(message)
+
+
+def _check_supported(args: Namespace) -> None:
+    for name, (expected, reason) in _UNSUPPORTED.items():
+        found = getattr(args, name, expected)
+        if found != expected:
+            raise StartupError(
+                f"--{name.replace('_', '-')} is {found}, expected {expected} with DMS: {reason}"
+            )
+
+
+def starting_point(args: Namespace) -> tuple[Path, bool]:
+    """The checkpoint that Megatron will load, and whether training goes on there (False: starts anew)."""
+    from megatron_dms.checkpoint.megatron_folder import RELEASE, TRACKER
+
+    for folder, continues in ((args.load, not args.finetune), (args.pretrained_checkpoint, False)):
+        if folder and (Path(folder) / TRACKER).is_file():
+            release = (Path(folder) / TRACKER).read_text().strip() == RELEASE
+            return Path(folder), continues and not release
+    wanted = [folder for folder in (args.load, args.pretrained_checkpoint) if folder]
+    if not wanted:
+        raise StartupError(
+            "no checkpoint to start from: give --pretrained-checkpoint DIR (or --load DIR), a folder written "
+            "by tools/convert.py import"
+        )
+    raise StartupError(
+        f"no finished checkpoint in {' or '.join(wanted)} (latest_checkpointed_iteration.txt is missing); "
+        "import one with tools/convert.py import"
+    )
+
+
+def _adopt_checkpoint(args: Namespace, dms: DMSConfig, chosen: set[str]) -> Namespace:
+    """Take the architecture from the checkpoint; a flag that says otherwise is an error."""
+    from megatron_dms.checkpoint import checkpoint_args
+    from megatron_dms.checkpoint.training_args import ARCHITECTURE, check_model_args, set_model_args
+
+    folder, continues = starting_point(args)
+    stored = checkpoint_args(folder)
+    for name in (*ARCHITECTURE, "max_position_embeddings"):
+        if name not in chosen and hasattr(stored, name):
+            setattr(args, name, getattr(stored, name))
+    check_model_args(args, stored)
+    set_model_args(args, stored, folder)
+    if args.seq_length is None or args.seq_length > args.max_position_embeddings:
+        raise StartupError(
+            f"--seq-length is {args.seq_length}, but the model has {args.max_position_embeddings} positions "
+            "(max_position_embeddings); use a shorter --seq-length"
+        )
+    if getattr(stored, "dms", None):
+        dms.check_against(stored.dms, resuming=continues)
+    elif continues:
+        raise StartupError(f"{folder} was trained without DMS; add --finetune to start a retrofit from it")
+    return stored
+
+
+def _check_layout(args: Namespace) -> None:
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups"):
+        heads = getattr(args, name)
+        if heads % tp:
+            fewer = ": several ranks would share one KV head's decision" if heads < tp else ""
+            raise StartupError(
+                f"--tensor-model-parallel-size is {tp}, but the model has {name} = {heads}, which it must "
+                f"divide{fewer}; use a divisor of {heads}"
+            )
+    if args.num_layers % pp:
+        raise StartupError(
+            f"--pipeline-model-parallel-size is {pp}, but the model has {args.num_layers} layers, which it "
+            f"must divide; use a divisor of {args.num_layers}"
+        )
+    if args.world_size % (tp * pp):
+        raise StartupError(
+            f"{args.world_size} processes, but TP {tp} x PP {pp} needs a multiple of {tp * pp}"
+        )
+
+
+def _check_training(args: Namespace, dms: DMSConfig) -> None:
+    if dms.train == "predictor" and dms.borrows_channel:
+        if args.weight_decay:
+            raise StartupError(
+                f"--weight-decay is {args.weight_decay}, expected 0 with --dms-train predictor and a borrowed "
+                "channel: decay would change the frozen rows of the QKV weight; add --weight-decay 0"
+            )
+        # Fused accumulation writes a weight's gradient past the hook that keeps frozen rows frozen.
+        args.gradient_accumulation_fusion = False
+
+
+def _check_teacher(args: Namespace, dms: DMSConfig, stored: Namespace) -> None:
+    from megatron_dms.training.build import teacher_args
+
+    if dms.teacher is None:
+        raise StartupError(
+            "no teacher: give --dms-teacher DIR (a HF folder or a Megatron checkpoint; usually the model you "
+            "start from), or --dms-teacher self with --dms-predictor linear --dms-train predictor"
+        )
+    if dms.teacher == "self":
+        return
+    teacher: Any = teacher_args(dms.teacher)
+    if teacher.vocab_size != args.vocab_size:
+        raise StartupError(
+            f"the teacher {dms.teacher} has a vocabulary of {teacher.vocab_size}, the student has "
+            f"{args.vocab_size}; distillation needs a teacher of the same tokenizer"
+        )
+    if getattr(teacher, "dms", None):
+        raise StartupError(f"the teacher {dms.teacher} is a DMS model, expected a dense one; use its base model")
+    if args.seq_length > teacher.max_position_embeddings:
+        raise StartupError(
+            f"--seq-length is {args.seq_length}, but the teacher has {teacher.max_position_embeddings} "
+            "positions; use a shorter --seq-length"
+        )

@@ -1,0 +1,172 @@
+"""The forward step that Megatron's training loop calls for each microbatch.
+
+Normalisation, the same in every layout: the distillation loss is the sum of KL over all target tokens of the
+GLOBAL batch divided by their number; the compression loss is the mean over all samples of the global batch.
+To know that number before the first backward pass, the step reads all its microbatches at once.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
+from torch import Tensor
+
+from megatron_dms.config import DMSConfig
+from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
+from megatron_dms.mcore.microbatch import Microbatch, Phase
+from megatron_dms.training.metrics import (
+    LayerMeter,
+    compression_reports,
+    draw_kept_fraction,
+    layer_extremes,
+    pair,
+)
+from megatron_dms.training.trainable import zero_borrowed_rows
+
+
+class RetrofitStep:
+    """Megatron's `forward_step_func`, with the retrofit's schedule and meters."""
+
+    def __init__(self, dms: DMSConfig) -> None:
+        self.dms = dms
+        self._shape: ModelShape | None = None
+        self._microbatches: deque[dict[str, Tensor]] = deque()
+        self._target_tokens = 0.0  # of the global batch under way
+        self._meter = LayerMeter()  # of the training step under way
+        self._validation_meter = LayerMeter()
+
+    def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
+        """Run one microbatch: -> (output for the next stage or the loss, the loss function)."""
+        if self._shape is None:
+            self._shape = _model_shape(model)
+        training = model.training
+        if training and not self._microbatches:
+            self._start_step(data_iterator, model)
+        batch = self._microbatches.popleft() if training else _on_device(next(data_iterator))
+        microbatch = self._describe(batch, training, get_model_config(model))
+        output = model(
+            batch["tokens"],
+            batch["position_ids"],
+            None,  # the mask is causal, and DMS makes the rest of it
+            labels=batch["labels"],
+            packed_seq_params=microbatch,
+        )
+        return output, partial(self._loss, batch, microbatch, model)
+
+    def _start_step(self, data_iterator: Iterator, model: torch.nn.Module) -> None:
+        batches = [_on_device(next(data_iterator)) for _ in range(get_num_microbatches())]
+        tokens = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
+        dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self._target_tokens = float(tokens.clamp(min=1))
+        self._microbatches.extend(batches)
+        if self.dms.zeroing_steps and get_args().curr_iteration == self.dms.zeroing_steps:
+            zero_borrowed_rows(model, self.dms)
+            # Masters in higher precision must follow. Megatron hands out its optimizer nowhere; the bound
+            # method it leaves in the model's config is the one way to reach it (megatron-core 0.19.2).
+            get_model_config(model).grad_scale_func.__self__.reload_model_params()
+
+    def _describe(self, batch: dict[str, Tensor], training: bool, config: Any) -> Microbatch:
+        """The record that travels to every layer."""
+        valid = batch["valid"].bool()
+        common = {"sample_ids": batch["sample_id"], "valid": valid, "seed": get_args().seed}
+        iteration = get_args().curr_iteration
+        if iteration < self.dms.zeroing_steps:
+            return Microbatch(**common, phase=Phase.ZEROING, fade=self.dms.fade(iteration))
+        scale = float(config.grad_scale_func(torch.ones(()))) if training and config.grad_scale_func else 1.0
+        account = CompressionAccount(
+            shape=self._shape,
+            target=self.dms.schedule.target_fraction(iteration - self.dms.zeroing_steps),
+            tokens=valid.sum(dim=1).float().clamp(min=1),
+            loss_weight=self.dms.compression_weight * scale / get_num_microbatches(),
+        )
+        return Microbatch(**common, phase=Phase.SOFT if training else Phase.HARD, account=account)
+
+    def _loss(
+        self, batch: dict[str, Tensor], microbatch: Microbatch, model: torch.nn.Module, output: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """On the last stage: -> (loss to differentiate, reported pairs).
+
+        Megatron divides the loss by the number of microbatches and averages gradients over data-parallel
+        ranks; the factor here turns that into the sum over the global batch. The compression loss has its
+        gradient already (mcore/ledger.py) and is added for the report alone.
+        """
+        mask = batch["loss_mask"]
+        kl_sum = (unwrap_model(model).compute_kd_loss() * mask).sum()
+        reports = {"KL": pair(kl_sum, mask.sum())}
+        training = model.training
+        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
+        per_token = parts / self._target_tokens if training else 1 / mask.sum().clamp(min=1)
+        total = kl_sum.detach() * per_token
+        if microbatch.account is not None:
+            account = microbatch.account
+            step = get_args().curr_iteration - self.dms.zeroing_steps
+            reports |= compression_reports(account, self.dms.schedule.target_cr(step))
+            compression = reports["compression loss"]
+            total = total + self.dms.compression_weight * compression[0] / compression[1]
+            (self._meter if training else self._validation_meter).add(account)
+            if training:
+                reports |= self._layer_reports()
+        if not training:
+            reports["LM loss"] = pair((output * mask).sum(), mask.sum())
+        weight = 1.0 if training else float(mask.sum())
+        reports = {"loss": pair(total * weight, weight)} | reports
+        return kl_sum * per_token, {name: value.to(mask.device) for name, value in reports.items()}
+
+    def _layer_reports(self) -> dict[str, Tensor]:
+        """The step's least and most compressed layer, known at its last microbatch."""
+        names = ("CR of the least compressed layer", "CR of the most compressed layer")
+        if self._microbatches:
+            return {name: torch.zeros(2) for name in names}
+        kept = self._meter.kept_fraction(parallel_state.get_data_parallel_group())
+        extremes = layer_extremes(kept)
+        args = get_args()
+        if (args.curr_iteration + 1) % args.log_interval == 0:
+            (least, low), (most, high) = extremes
+            print_rank_last(
+                f" DMS iteration {args.curr_iteration + 1}: least compressed layer {least} (CR {low:.2f}), "
+                f"most compressed layer {most} (CR {high:.2f})"
+            )
+        share = 1 / parallel_state.get_data_parallel_world_size()  # each rank reports the same
+        return {name: pair(cr * share, share) for name, (_, cr) in zip(names, extremes, strict=True)}
+
+    def after_validation(self, model: list[torch.nn.Module]) -> None:
+        """Megatron's `non_loss_data_func`: draw the heat map of kept pairs of the validation just done."""
+        if not parallel_state.is_pipeline_last_stage():
+            return
+        kept = self._validation_meter.kept_fraction(parallel_state.get_data_parallel_group())
+        if kept is None or dist.get_rank() != dist.get_world_size() - 1:
+            return
+        args = get_args()
+        folder = Path(args.tensorboard_dir or args.save or ".")
+        name = f"kept_fraction_{args.curr_iteration + 1:07d}.png"
+        figure = draw_kept_fraction(kept, f"iteration {args.curr_iteration + 1}", folder / "pictures" / name)
+        if writer := get_tensorboard_writer():
+            writer.add_figure("kept fraction", figure, args.curr_iteration + 1)
+        if wandb := get_wandb_writer():
+            picture = wandb.Image(str(folder / "pictures" / name))
+            wandb.log({"kept fraction": picture}, args.curr_iteration + 1)
+
+
+def _model_shape(model: torch.nn.Module) -> ModelShape:
+    """Counts of the whole model and of this stage; creates the account's process group (collective)."""
+    config = get_model_config(model)
+    inner = unwrap_model(model)
+    ranks = None
+    if dist.get_world_size(parallel_state.get_model_parallel_group()) > 1:
+        own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, own)
+        ranks, _ = dist.new_subgroups_by_enumeration(sorted({tuple(ranks) for ranks in everyone}))
+    return ModelShape(config.num_layers, config.num_query_groups, len(inner.decoder.layers), ranks)
+
+
+def _on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,91 @@
+"""Student and teacher as one model, through nvidia-modelopt's Megatron distillation.
+
+modelopt runs the frozen teacher before the student in each forward pass, sends both activations through the
+pipeline side by side, captures both logits on the last stage, and hides the teacher from checkpoints. What it
+does not bring is here: a KL that leaves vocabulary padding out and keeps no fp32 copies of the logits, and a
+teacher that shares the student's tensors.
+"""
+
+from typing import Any
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.utils import VocabUtility
+from modelopt.torch.distill.plugins.megatron import DistillationConfig, adjust_distillation_model_for_mcore
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_dms.ops.losses import kl_student_teacher, kl_teacher_student
+
+KL_BY_NAME = {"teacher_student": kl_teacher_student, "student_teacher": kl_student_teacher}
+_LOGIT_LAYERS = ("output_layer", "output_layer")
+
+
+class TokenKL(torch.nn.modules.loss._Loss):
+    """KL per token between vocabulary-parallel logits, [T, B, V / TP] each -> [B, T].
+
+    Columns beyond the true vocabulary are left out: how many there are depends on the layout.
+    """
+
+    def __init__(self, direction: str, vocab_size: int, tp_group: ProcessGroup) -> None:
+        super().__init__()
+        self.kl = KL_BY_NAME[direction]
+        self.vocab_size = vocab_size
+        self.tp_group = tp_group
+
+    def forward(self, student: tuple[Tensor, Any], teacher: tuple[Tensor, Any]) -> Tensor:
+        """Both arguments are (logits, bias), as Megatron's output layer returns them."""
+        columns = student[0].shape[-1]
+        first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
+            columns, self.tp_group.rank(), self.tp_group.size()
+        )
+        own = min(max(self.vocab_size - first, 0), columns)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        return self.kl(student[0][..., :own], teacher[0][..., :own], group).transpose(0, 1)
+
+
+def distill(student: GPTModel, teacher: GPTModel, direction: str, vocab_size: int) -> GPTModel:
+    """Turn the student into modelopt's DistillationModel with this teacher, in place.
+
+    Args:
+        direction: "teacher_student" or "student_teacher", see KL_BY_NAME.
+        vocab_size: true vocabulary, without padding.
+    """
+    criterion = {}
+    if student.post_process:
+        criterion = {_LOGIT_LAYERS: TokenKL(direction, vocab_size, student.pg_collection.tp)}
+    settings = DistillationConfig(criterion=criterion, logit_layers=_LOGIT_LAYERS)
+    model = mtd.convert(
+        student,
+        mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion, "loss_balancer": None})],
+    )
+    adjust_distillation_model_for_mcore(model, settings)
+    # Where the activations of the two are cut apart again on the next pipeline stage. modelopt learns this
+    # from a function that Megatron calls only where megatron.post_training is installed; with
+    # variable_seq_lengths the stages exchange their tensor shapes, and this number is all that is missing.
+    model.set_student_input_tensor_shape([(student.config.hidden_size,)])
+    # The teacher is a plain model: it knows nothing of microbatch records, see mcore/microbatch.py.
+    teacher.register_forward_pre_hook(_without_microbatch, with_kwargs=True)
+    return model
+
+
+def _without_microbatch(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {**kwargs, "packed_seq_params": None}
+
+
+def share_parameters(teacher: torch.nn.Module, student: torch.nn.Module) -> None:
+    """Make the teacher's parameters the student's own tensors: the same weights with eviction off.
+
+    Args:
+        teacher: a model whose parameters are all in the student under the same names.
+
+    Raises:
+        ValueError: the student lacks one of them.
+    """
+    own = dict(student.named_parameters())
+    for name, _ in list(teacher.named_parameters()):
+        if name not in own:
+            raise ValueError(f"the student has no parameter {name} that the teacher could share")
+        holder, _, leaf = name.rpartition(".")
+        setattr(teacher.get_submodule(holder), leaf, own[name])

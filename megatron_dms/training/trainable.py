@@ -1,0 +1,69 @@
+"""What is trained (--dms-train), and the zeroing of a borrowed channel's weights.
+
+linear_qkv interleaves its rows by KV head: for each of this rank's G groups its query heads, then its key, then
+its value, D rows each.
+"""
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from megatron_dms.config import DMSConfig
+from megatron_dms.mcore.attention import DMSSelfAttention
+
+
+def freeze_all_but_predictor(model: GPTModel, dms: DMSConfig) -> None:
+    """Leave only the predictor trainable: its own parameters, or the borrowed rows of the QKV projection."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for attention in dms_attentions(model):
+        if dms.predictor == "linear":
+            attention.dms_predictor.requires_grad_(True)
+        else:
+            for parameter, rows in borrowed_rows(attention, dms):
+                if len(rows):
+                    _train_rows_only(parameter, rows)
+    if model.pre_process:
+        # Reentrant checkpointing (full recompute) builds no graph at all unless an input requires a gradient.
+        model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(out.is_leaf))
+
+
+def _train_rows_only(parameter: torch.nn.Parameter, rows: Tensor) -> None:
+    """Zero the gradient of all other rows. Adam leaves a weight with zero gradient exactly as it is (without
+    weight decay, which validate.py asks for)."""
+    mask = torch.zeros(parameter.shape[0], *[1] * (parameter.dim() - 1))
+    mask[rows] = 1
+    parameter.requires_grad_(True)
+    parameter.register_hook(lambda grad: grad * mask.to(grad))
+
+
+def dms_attentions(model: torch.nn.Module) -> list[DMSSelfAttention]:
+    """This stage's DMS attention modules, in order."""
+    return [module for module in model.modules() if isinstance(module, DMSSelfAttention)]
+
+
+def borrowed_rows(attention: DMSSelfAttention, dms: DMSConfig) -> list[tuple[torch.nn.Parameter, Tensor]]:
+    """The QKV weight (and bias) of a layer with the numbers of its borrowed rows on this rank."""
+    groups = attention.num_query_groups_per_partition
+    queries_per_group = attention.num_attention_heads_per_partition // groups
+    head_size = attention.hidden_size_per_attention_head
+    rows = []
+    for head in attention.core_attention.borrowed.heads:
+        if dms.predictor == "query_channel":
+            group, place = divmod(head, queries_per_group)
+        else:
+            group, place = head, queries_per_group  # the key follows the group's query heads
+        block = group * (queries_per_group + 2) + place
+        rows.append(block * head_size + head_size - 1)
+    found = [attention.linear_qkv.weight]
+    if getattr(attention.linear_qkv, "bias", None) is not None and attention.linear_qkv.bias.numel():
+        found.append(attention.linear_qkv.bias)
+    return [(parameter, torch.tensor(rows, dtype=torch.long)) for parameter in found]
+
+
+@torch.no_grad()
+def zero_borrowed_rows(model: torch.nn.Module, dms: DMSConfig) -> None:
+    """Set a borrowed channel's weights to zero, so that every eviction logit is -alpha_offset."""
+    for attention in dms_attentions(model):
+        for parameter, rows in borrowed_rows(attention, dms):
+            parameter[rows.to(parameter.device)] = 0

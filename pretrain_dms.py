@@ -1,0 +1,53 @@
+"""Retrofit a pretrained LLM with Dynamic Memory Sparsification through Megatron's own training loop.
+
+    torchrun --nproc-per-node 4 pretrain_dms.py --pretrained-checkpoint BASE --dms-teacher BASE \
+        --load OUT --save OUT --data-path DATA --tensor-model-parallel-size 2 ...
+
+All of Megatron's flags, plus --dms-* (see docs/flags.md or --help). The architecture comes from the checkpoint.
+"""
+
+import os
+import sys
+
+
+def main() -> None:
+    from megatron_dms.training.startup import StartupError, check_dms_flags
+
+    try:
+        dms = check_dms_flags(sys.argv[1:])
+        import torch
+
+        if not torch.cuda.is_available():
+            from megatron_dms.platform import cpu
+
+            cpu.install()
+        from megatron_dms.platform.wheel import skip_helper_compilation
+        from megatron_dms.training.startup import parse_megatron_args
+
+        skip_helper_compilation()
+        args = parse_megatron_args(dms)
+    except StartupError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"pretrain_dms.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_dms.training.build import student_config
+    from megatron_dms.training.data import train_valid_test_datasets_provider
+    from megatron_dms.training.step import RetrofitStep
+
+    step = RetrofitStep(dms)
+    pretrain(
+        pretrain_cfg_container_from_args(args, student_config(args, dms)),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        step,
+        non_loss_data_func=step.after_validation,
+    )
+
+
+if __name__ == "__main__":
+    main()
