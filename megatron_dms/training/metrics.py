@@ -14,6 +14,12 @@ from torch import Tensor
 from megatron_dms.mcore.ledger import CompressionAccount
 from megatron_dms.ops.losses import compression_loss
 
+COMPRESSION_LOSS = "compression loss"
+TARGET_CR, SOFT_CR, HARD_CR = "target CR", "achieved CR (soft)", "achieved CR (hard)"
+LAYER_EXTREMES = ("CR of the least compressed layer", "CR of the most compressed layer")
+COMPRESSION_RATIOS = (TARGET_CR, SOFT_CR, HARD_CR, *LAYER_EXTREMES)
+"""What is 1 until something is evicted."""
+
 
 def pair(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
     """A reported scalar, [2] fp32."""
@@ -28,10 +34,10 @@ def compression_reports(account: CompressionAccount, target_cr: float) -> dict[s
     entries = account.tokens * account.shape.layers * account.shape.groups  # [B] decisions of each sample
     hard, soft = account.mean_alpha(hard=True), account.mean_alpha(hard=False)
     return {
-        "compression loss": pair(samples * compression_loss(hard, account.target), samples),
-        "target CR": pair(samples * target_cr, samples),
-        "achieved CR (soft)": pair(entries.sum(), (entries * (1 - soft)).sum()),
-        "achieved CR (hard)": pair(entries.sum(), (entries * (1 - hard)).sum()),
+        COMPRESSION_LOSS: pair(samples * compression_loss(hard, account.target), samples),
+        TARGET_CR: pair(samples * target_cr, samples),
+        SOFT_CR: pair(entries.sum(), (entries * (1 - soft)).sum()),
+        HARD_CR: pair(entries.sum(), (entries * (1 - hard)).sum()),
     }
 
 

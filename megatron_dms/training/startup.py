@@ -6,6 +6,7 @@ architecture, the data, the teacher. Each error is one line, before any process 
 
 import argparse
 import difflib
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import fields
@@ -95,6 +96,8 @@ def parse_megatron_args(dms: DMSConfig) -> Namespace:
     except AssertionError as error:
         raise StartupError(f"Megatron refuses these flags: {error}") from error
     set_global_variables(args)
+    if args.rank == 0 and args.save:
+        _carry_hf_files(starting_point(args)[0], Path(args.save))
     return args
 
 
@@ -171,6 +174,17 @@ def _adopt_checkpoint(args: Namespace, dms: DMSConfig, chosen: set[str]) -> Name
     elif continues:
         raise StartupError(f"{folder} was trained without DMS; add --finetune to start a retrofit from it")
     return stored
+
+
+def _carry_hf_files(source: Path, save: Path) -> None:
+    """Copy the HF side files (config.json, tokenizer, ...) beside the new checkpoints: export needs them."""
+    from megatron_dms.checkpoint.megatron_folder import HF
+    from megatron_dms.checkpoint.staging import staged_folder
+
+    if (source / HF).is_dir() and not (save / HF).exists():
+        save.mkdir(parents=True, exist_ok=True)
+        with staged_folder(save / HF, force=False) as staged:
+            shutil.copytree(source / HF, staged, dirs_exist_ok=True)
 
 
 def _check_layout(args: Namespace) -> None:

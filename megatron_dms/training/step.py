@@ -23,6 +23,9 @@ from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.training.metrics import (
+    COMPRESSION_LOSS,
+    COMPRESSION_RATIOS,
+    LAYER_EXTREMES,
     LayerMeter,
     compression_reports,
     draw_kept_fraction,
@@ -37,16 +40,22 @@ class RetrofitStep:
 
     def __init__(self, dms: DMSConfig) -> None:
         self.dms = dms
-        self._shape: ModelShape | None = None
+        self._shape: ModelShape | None = None  # set by attach()
         self._microbatches: deque[dict[str, Tensor]] = deque()
         self._target_tokens = 0.0  # of the global batch under way
         self._meter = LayerMeter()  # of the training step under way
         self._validation_meter = LayerMeter()
 
+    def attach(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        """A hook for Megatron's model builder: count the layers and create the account's process group.
+
+        Collective, so it cannot wait for the first forward pass: the pipeline's stages are not in step there.
+        """
+        self._shape = _model_shape(*models)
+        return models
+
     def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run one microbatch: -> (output for the next stage or the loss, the loss function)."""
-        if self._shape is None:
-            self._shape = _model_shape(model)
         training = model.training
         if training and not self._microbatches:
             self._start_step(data_iterator, model)
@@ -105,11 +114,13 @@ class RetrofitStep:
         parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
         per_token = parts / self._target_tokens if training else 1 / mask.sum().clamp(min=1)
         total = kl_sum.detach() * per_token
-        if microbatch.account is not None:
+        if microbatch.account is None:
+            reports |= dict.fromkeys(COMPRESSION_RATIOS, pair(1, 1)) | {COMPRESSION_LOSS: pair(0, 1)}
+        else:
             account = microbatch.account
             step = get_args().curr_iteration - self.dms.zeroing_steps
             reports |= compression_reports(account, self.dms.schedule.target_cr(step))
-            compression = reports["compression loss"]
+            compression = reports[COMPRESSION_LOSS]
             total = total + self.dms.compression_weight * compression[0] / compression[1]
             (self._meter if training else self._validation_meter).add(account)
             if training:
@@ -122,9 +133,8 @@ class RetrofitStep:
 
     def _layer_reports(self) -> dict[str, Tensor]:
         """The step's least and most compressed layer, known at its last microbatch."""
-        names = ("CR of the least compressed layer", "CR of the most compressed layer")
         if self._microbatches:
-            return {name: torch.zeros(2) for name in names}
+            return {name: torch.zeros(2) for name in LAYER_EXTREMES}
         kept = self._meter.kept_fraction(parallel_state.get_data_parallel_group())
         extremes = layer_extremes(kept)
         args = get_args()
@@ -135,7 +145,7 @@ class RetrofitStep:
                 f"most compressed layer {most} (CR {high:.2f})"
             )
         share = 1 / parallel_state.get_data_parallel_world_size()  # each rank reports the same
-        return {name: pair(cr * share, share) for name, (_, cr) in zip(names, extremes, strict=True)}
+        return {name: pair(cr * share, share) for name, (_, cr) in zip(LAYER_EXTREMES, extremes, strict=True)}
 
     def after_validation(self, model: list[torch.nn.Module]) -> None:
         """Megatron's `non_loss_data_func`: draw the heat map of kept pairs of the validation just done."""
@@ -158,14 +168,13 @@ class RetrofitStep:
 def _model_shape(model: torch.nn.Module) -> ModelShape:
     """Counts of the whole model and of this stage; creates the account's process group (collective)."""
     config = get_model_config(model)
-    inner = unwrap_model(model)
     ranks = None
     if dist.get_world_size(parallel_state.get_model_parallel_group()) > 1:
         own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, own)
         ranks, _ = dist.new_subgroups_by_enumeration(sorted({tuple(ranks) for ranks in everyone}))
-    return ModelShape(config.num_layers, config.num_query_groups, len(inner.decoder.layers), ranks)
+    return ModelShape(config.num_layers, config.num_query_groups, len(model.decoder.layers), ranks)
 
 
 def _on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,198 @@
+"""Documents against the source: the paths, flags, make targets and tools that they name exist.
+
+The rules are small functions of a text, tested on samples first, so that a document passes because it is
+right and not because nothing in it was recognised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_dms.arguments import add_dms_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
+
+_SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FLAG = re.compile(r"--dms-[a-z][a-z0-9-]*")
+_MAKE = re.compile(r"(?:^|[;&|] *|\$ )make((?: [^\s#;&|]+)+)")
+_TOOL = re.compile(r"\btools/[A-Za-z0-9_]+\.py\b")
+_PATH = re.compile(r"^\.?[A-Za-z0-9_][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_.*-]+)*/?$")
+_SOURCE_ENDINGS = (
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".sh",
+    ".cfg",
+    ".json",
+    ".jsonl",
+    ".png",
+    ".sbatch",
+    ".yaml",
+)
+_ROOT_ENDINGS = (".py", ".md", ".toml", ".txt", ".sh")  # a bare config.json is some checkpoint's
+_TREE_ENTRY = re.compile(
+    r"^(?P<indent>[ │├└─]*)(?P<names>[A-Za-z0-9_.*][A-Za-z0-9_./* -]*?)(?:\s{2,}.*|\s+#.*)?$"
+)
+# Folders that runs make: named in documents, absent from a fresh clone.
+_MADE_BY_RUNS = ("out/", ".venv/", "wandb/", "data/")
+
+
+def paths_named(text: str) -> set[str]:
+    """Tokens in backticks that look like paths of the repository.
+
+    That is: a top-level entry leads them, or they end like a source file (`nvidia/Qwen3-8B` is a hub name).
+    """
+    top = {entry.name for entry in ROOT.iterdir()}
+    found = set()
+    for token in (word for span in _SPAN.findall(_FENCE.sub("", text)) for word in span.split()):
+        token = token.strip(",;:()\"'").removeprefix("./")
+        if not _PATH.match(token) or token.startswith(_MADE_BY_RUNS):
+            continue
+        first, slash, _ = token.partition("/")
+        endings = _SOURCE_ENDINGS if slash else _ROOT_ENDINGS
+        if (slash and first in top) or token.endswith(endings):
+            found.add(token.rstrip("/"))
+    return found
+
+
+def tree_named(text: str) -> set[str]:
+    """Entries of the tree block (a fenced block whose entries are indented below folders that end in "/")."""
+    found: set[str] = set()
+    for block in _FENCE.findall(text):
+        lines = [line for line in block.splitlines() if line.strip()]
+        folders = [line for line in lines if re.match(r"^[ │├└─]*[A-Za-z0-9_.]+/(\s|$)", line)]
+        if len(folders) < 2:
+            continue
+        above: list[tuple[int, str]] = []
+        for line in lines:
+            entry = _TREE_ENTRY.match(line)
+            if entry is None:
+                continue
+            depth = len(entry["indent"])
+            above = [(level, name) for level, name in above if level < depth]
+            for name in entry["names"].split():
+                if name == "…":
+                    continue
+                path = "".join(parent for _, parent in above) + name
+                found.add(path.rstrip("/"))
+                if name.endswith("/"):
+                    above.append((depth, name))
+    return found
+
+
+def exists(path: str) -> bool:
+    """A path, or a pattern, relative to the root (or to the package, as `mcore/ledger.py`)."""
+    return any(next(base.glob(path), None) is not None for base in (ROOT, ROOT / "megatron_dms"))
+
+
+def make_targets_named(text: str) -> set[str]:
+    """Words after `make` in code (prose may "make sure" of something), less settings such as VENV=DIR."""
+    code = _SPAN.findall(_FENCE.sub("", text)) + [
+        line for block in _FENCE.findall(text) for line in block.splitlines()
+    ]
+    words = [word for line in code for match in _MAKE.findall(line.strip()) for word in match.split()]
+    return {word for word in words if "=" not in word and not word.startswith("-")}
+
+
+def make_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text()
+    return set(re.findall(r"^([a-z][a-z-]*):(?!=)", text, re.MULTILINE))
+
+
+def dms_flags() -> set[str]:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_dms_arguments(parser)
+    return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--dms-")}
+
+
+SAMPLE = """
+Run `make demo` or `make install test VENV=x`; then `tools/preprocess_data.py --input x`. We
+make progress. See `setup.py`, `megatron_dms/no_such.py`, `docs/none.md`, `W/L/CR`, `a/b-1.5B`, `config.json`
+and `--dms-window 4`, `out/demo/x.json`.
+```
+setup.py pyproject.toml   # metadata
+megatron_dms/
+  training/     data
+    data.py     samples
+    ghost.py    not there
+tools/          command lines
+```
+```bash
+cd megatron_dms && make lint  # make all sure
+torchrun pretrain_dms.py --dms-final-cr 8
+```
+"""
+
+
+def test_rules_on_a_sample() -> None:
+    """Catches: a pattern that recognises nothing, with which every document would pass."""
+    assert paths_named(SAMPLE) == {
+        "tools/preprocess_data.py",
+        "setup.py",
+        "megatron_dms/no_such.py",
+        "docs/none.md",
+    }
+    assert tree_named(SAMPLE) == {
+        *("setup.py", "pyproject.toml", "megatron_dms", "megatron_dms/training", "tools"),
+        *("megatron_dms/training/data.py", "megatron_dms/training/ghost.py"),
+    }
+    assert make_targets_named(SAMPLE) == {"demo", "install", "test", "lint"}
+    assert set(_FLAG.findall(SAMPLE)) == {"--dms-window", "--dms-final-cr"}
+    assert exists("megatron_dms/training/data.py") and not exists("megatron_dms/training/ghost.py")
+    assert {"install", "test", "demo", "lint", "format", "clean", "help"} <= make_targets()
+    assert "--dms-window" in dms_flags()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_things_exist(document: Path) -> None:
+    """Catches: a document that names a path, make target or flag that is not there (any more)."""
+    text = document.read_text(encoding="utf-8")
+    missing = sorted(
+        path for path in paths_named(text) | tree_named(text) if not _exists_beside(path, document)
+    )
+    assert not missing, f"{document.name} names paths that do not exist: {missing}"
+    unknown = sorted(make_targets_named(text) - make_targets())
+    assert not unknown, f"{document.name} names make targets that do not exist: {unknown}"
+    flags = sorted(set(_FLAG.findall(text)) - dms_flags())
+    assert not flags, f"{document.name} names flags that do not exist: {flags}"
+
+
+def _exists_beside(path: str, document: Path) -> bool:
+    return exists(path) or next(document.parent.glob(path), None) is not None
+
+
+def test_every_flag_is_documented() -> None:
+    """Catches: a --dms-* flag that neither README.md nor docs/flags.md names."""
+    flags_page = ROOT / "docs" / "flags.md"
+    texts = [
+        page.read_text(encoding="utf-8") for page in (README, flags_page) if page == README or page.exists()
+    ]
+    named = set(_FLAG.findall("\n".join(texts)))
+    missing = sorted(dms_flags() - named)
+    assert not missing, f"flags named in neither README.md nor docs/flags.md: {missing}"
+
+
+def test_every_tool_named_prints_its_help() -> None:
+    """Every tools/x.py that a document names, and every one there is: --help, exit status 0, and it shows its
+    flags."""
+    named = {tool for document in DOCUMENTS for tool in _TOOL.findall(document.read_text(encoding="utf-8"))}
+    tools = sorted(
+        named | {f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if path.name != "__init__.py"}
+    )
+    assert tools
+    for tool in tools:
+        command = [sys.executable, tool, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+        assert done.returncode == 0 and "--help" in done.stdout, (
+            f"{tool} --help: {done.stderr or done.stdout}"
+        )
