@@ -40,8 +40,10 @@ def main() -> None:
     from megatron_dms.training.step import RetrofitStep
 
     step = RetrofitStep(dms)
+    model = student_config(args, dms)
+    model.pre_wrap_hooks.append(step.attach)
     pretrain(
-        pretrain_cfg_container_from_args(args, student_config(args, dms)),
+        pretrain_cfg_container_from_args(args, model),
         train_valid_test_datasets_provider,
         ModelType.encoder_or_decoder,
         step,

@@ -1,0 +1,152 @@
+"""Compare a teacher with its retrofitted students: accuracy, compression, KV reads, peak cache.
+
+Everything is measured while the models generate greedily with hard eviction, in left-padded batches.
+
+Run: python examples/tiny_reasoner/compare.py --teacher BASE --student cr4=DIR --student cr8=DIR --out out/demo
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from answers import exact_match, standard_error
+from measure import BATCH, HELDOUT_SEED, greedy_texts, heldout_problems
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+COLUMNS = ("accuracy", "standard_error", "achieved_cr", "kv_reads", "peak_tokens")
+
+
+def measure_model(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Accuracy and cost of one checkpoint; a dense one is counted as reading and holding every pair.
+
+    Returns:
+        accuracy and its standard error; achieved_cr = 1 / (1 - mean decision) over all pairs; kv_reads per
+        problem and peak_tokens in the cache, both in pairs averaged over layers and KV heads.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    texts: list[str] = []
+    reads: list[float] = []
+    peaks: list[float] = []
+    evicted = decided = 0.0
+    for start in range(0, len(problems), BATCH):
+        batch = problems[start : start + BATCH]
+        said = greedy_texts(model, tokenizer, batch, BATCH)
+        texts += said
+        stats = getattr(model, "last_kv_stats", None)
+        if stats is None:
+            batch_reads, batch_peaks = _dense_cost(tokenizer, batch, said)
+        else:
+            batch_reads, batch_peaks = stats.kv_reads, stats.peak_tokens
+            seen = sum(stats.tokens_seen)
+            evicted, decided = evicted + stats.evicted_fraction * seen, decided + seen
+        reads += batch_reads
+        peaks += batch_peaks
+    hits = exact_match(texts, [problem["answer"] for problem in problems])
+    accuracy = sum(hits) / len(hits)
+    return {
+        "accuracy": accuracy,
+        "standard_error": standard_error(accuracy, len(hits)),
+        "achieved_cr": 1 / (1 - evicted / decided) if decided else 1.0,
+        "kv_reads": sum(reads) / len(reads),
+        "peak_tokens": sum(peaks) / len(peaks),
+    }
+
+
+def _dense_cost(
+    tokenizer: Any, problems: Sequence[dict[str, Any]], texts: Sequence[str]
+) -> tuple[list[float], list[float]]:
+    """KV reads and peak tokens of each problem with a cache that keeps every pair.
+
+    Generated token i (from 0) comes from a query that reads prompt + i pairs; the last one is never fed.
+    """
+    reads, peaks = [], []
+    for problem, text in zip(problems, texts, strict=True):
+        prompt = len(
+            tokenizer.apply_chat_template(problem["messages"][:-1], add_generation_prompt=True)["input_ids"]
+        )
+        end = text.find(tokenizer.eos_token)
+        said = text if end < 0 else text[: end + len(tokenizer.eos_token)]
+        generated = len(tokenizer(said, add_special_tokens=False)["input_ids"])
+        reads.append(float(sum(prompt + i for i in range(generated))))
+        peaks.append(float(prompt + generated - 1))
+    return reads, peaks
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The comparison as text, one model a line."""
+    head = f"{'model':<8} {'accuracy':>16} {'achieved CR':>12} {'KV reads':>10} {'peak tokens':>12}"
+    lines = [head, "-" * len(head)]
+    for name, row in results.items():
+        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
+        lines.append(
+            f"{name:<8} {accuracy:>16} {row['achieved_cr']:>12.2f} {row['kv_reads']:>10.0f} "
+            f"{row['peak_tokens']:>12.1f}"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Accuracy against KV reads, with standard errors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, row in results.items():
+        label = f"{name} (CR {row['achieved_cr']:.1f})"
+        axes.errorbar(
+            row["kv_reads"],
+            100 * row["accuracy"],
+            100 * row["standard_error"],
+            fmt="o",
+            capsize=3,
+            label=label,
+        )
+    axes.set(xlabel="KV reads per problem (pairs, mean of layers and KV heads)", ylabel="exact answers, %")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def compare(models: dict[str, Path], count: int, seed: int, out: Path) -> dict[str, dict[str, float]]:
+    """Measure each model on the same held-out problems; print the table, write the picture."""
+    problems = heldout_problems(count, seed)
+    results = {}
+    for name, folder in models.items():
+        print(f"generating {count} answers with {name} ...", flush=True)
+        results[name] = measure_model(folder, problems)
+    print(table(results))
+    out.mkdir(parents=True, exist_ok=True)
+    draw(results, out / "accuracy_vs_kv_reads.png")
+    return results
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Accuracy and KV cost of a teacher and its retrofitted students on held-out problems.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="HF folder of the dense model")
+    parser.add_argument(
+        "--student", action="append", default=[], help="NAME=DIR, an exported DMS model; repeatable"
+    )
+    parser.add_argument("--count", type=int, default=500, help="held-out problems")
+    parser.add_argument("--seed", type=int, default=HELDOUT_SEED, help="seed of the held-out problems")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the picture")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare and end with one JSON line."""
+    args = parse_arguments(argv)
+    students = {name: Path(folder) for name, folder in (item.split("=", 1) for item in args.student)}
+    print(json.dumps(compare({"teacher": args.teacher, **students}, args.count, args.seed, args.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""import_hf and export_hf: a checkpoint folder in, a checkpoint folder out, tensor by tensor.
+
+No model is built and no process group is needed. Memory: one layer of the model on import, one Megatron
+tensor on export. Outputs appear whole or not at all (staging.py).
+"""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_dms.checkpoint import export_layout
+from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.checkpoint.families import Model, read_model
+from megatron_dms.checkpoint.hf_folder import HFFolder, copy_file, side_files
+from megatron_dms.checkpoint.megatron_folder import HF, RELEASE, SOURCE, TRACKER
+from megatron_dms.checkpoint.safetensors_file import write_file
+from megatron_dms.checkpoint.source import MegatronTensors
+from megatron_dms.checkpoint.staging import staged_folder
+from megatron_dms.checkpoint.torch_dist import Chunk, write
+from megatron_dms.checkpoint.transforms import MEGATRON_LAYERS, Row
+
+Progress = Callable[[int, int, int], None]
+"""Called with (tensors done, tensors in all, bytes done)."""
+
+_EXTRA_STATE = (
+    # asked for by Megatron's local layers and by Transformer Engine's
+    *("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
+    # by Transformer Engine's norms only
+    *("self_attention.q_layernorm", "self_attention.k_layernorm"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: HF tensors, their bytes, and the time it took."""
+
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+def import_hf(
+    hf_dir: str | Path, megatron_dir: str | Path, force: bool = False, progress: Progress | None = None
+) -> Report:
+    """HF checkpoint -> Megatron checkpoint `<megatron_dir>/release`, which loads at any TP x PP.
+
+    Every tensor keeps its type. Side files go to `<megatron_dir>/hf`. Raises CheckpointError before
+    anything is written if a name, shape, type or setting is not understood.
+    """
+    begin = time.monotonic()
+    source = HFFolder(Path(hf_dir))
+    model = read_model(source.config)
+    rows = model.family.rows(model, model.dms)
+    copies = export_layout.check_names(source, model, rows)
+    counter = _Counter(len(source.infos), progress)
+    chunks = [chunk for row in rows for chunk in _chunks(source, row, model.layers, counter)]
+    with staged_folder(Path(megatron_dir), force) as out:
+        release = out / RELEASE
+        release.mkdir()
+        write(release, chunks, _extra_states(model), _common_state(model))
+        for name in side_files(source.path):
+            copy_file(source.path / name, out / HF / name)
+        layout = export_layout.from_source(source, copies)
+        (out / HF / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
+        (out / TRACKER).write_text(RELEASE)
+    size = sum(info.nbytes for info in source.infos.values())
+    return Report(len(source.infos), size, time.monotonic() - begin)
+
+
+def export_hf(
+    megatron_dir: str | Path,
+    hf_dir: str | Path,
+    iteration: int | None = None,
+    hf_source: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Megatron checkpoint -> HF checkpoint.
+
+    iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
+    `<megatron_dir>/hf` if not given. Tensors are cast to the type they had on import (that of config.json,
+    where that is not known), so that fp32 training of a bfloat16 model gives a bfloat16 model.
+    """
+    begin = time.monotonic()
+    tensors = MegatronTensors.open(Path(megatron_dir), iteration, hf_source)
+    layout = export_layout.for_export(tensors)
+    counter = _Counter(len(layout.infos), progress)
+    with staged_folder(Path(hf_dir), force) as out:
+        for file, infos in layout.files().items():
+            stream = ((name, counter.seen(tensors.read(name).to(info.dtype))) for name, info in infos.items())
+            write_file(out / file, infos, stream)
+        layout.write_index(out, tensors.side_folder)
+        for name in side_files(tensors.side_folder):
+            if name.name not in (SOURCE, export_layout.INDEX):
+                copy_file(tensors.side_folder / name, out / name)
+        if tensors.dms_fields is not None:
+            export_layout.add_dms_files(out, tensors)
+    return Report(len(layout.infos), counter.bytes, time.monotonic() - begin)
+
+
+class _Counter:
+    """Counts HF tensors as they pass, and tells."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.total = total
+        self.progress = progress
+        self.done = 0
+        self.bytes = 0
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        self.done += 1
+        self.bytes += tensor.nbytes
+        if self.progress is not None:
+            self.progress(self.done, self.total, self.bytes)
+        return tensor
+
+
+def _chunks(source: HFFolder, row: Row, layers: int, counter: _Counter) -> Iterator[Chunk]:
+    """The tensors of one row, one per layer, to be made when the writer asks for them."""
+
+    def make(names: tuple[str, ...]) -> Tensor:
+        return row.join([counter.seen(source.read(name)) for name in names])
+
+    count = layers if row.per_layer else 1
+    dtypes = {name: source.infos[name].dtype for layer in range(count) for name in row.hf_names(layer)}
+    if len(set(dtypes.values())) > 1:  # the stored tensor has one type for all layers
+        first, other = next((a, b) for a in dtypes for b in dtypes if dtypes[a] != dtypes[b])
+        raise CheckpointError(
+            f"{first} is {dtypes[first]}, but {other} is {dtypes[other]}; one kind must share one type"
+        )
+    dtype = next(iter(dtypes.values()))
+    for layer in range(count):
+        make_layer = partial(make, row.hf_names(layer))
+        place = (layer, layers) if row.per_layer else (None, None)
+        yield Chunk(row.megatron, row.megatron_shape, dtype, make_layer, *place)
+
+
+def _extra_states(model: Model) -> Iterator[str]:
+    """Keys of the empty objects that a model asks for on loading (torch_dist.py)."""
+    linear = model.dms is not None and model.dms["predictor"] == "linear"
+    for module in (*_EXTRA_STATE, *(("self_attention.dms_predictor.proj",) if linear else ())):
+        for layer in range(model.layers):
+            yield f"{MEGATRON_LAYERS}{module}._extra_state/shard_{layer}_{model.layers}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+
+
+def _common_state(model: Model) -> dict[str, object]:
+    args = Namespace(**model.family.megatron_args(model))
+    if model.dms is not None:
+        args.dms, args.dms_reached_cr = model.dms, model.reached_cr
+    if model.dtype is not None:
+        args.bf16, args.fp16 = model.dtype == "bfloat16", model.dtype == "float16"
+    return {
+        "args": args,
+        "checkpoint_version": 3.0,  # lower ones make Megatron reorder the fused QKV
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }

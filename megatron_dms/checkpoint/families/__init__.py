@@ -1,0 +1,30 @@
+"""Model families: one file each, found by `model_type` of config.json."""
+
+from collections.abc import Mapping
+
+from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.checkpoint.families import llama, qwen3
+from megatron_dms.checkpoint.families.decoder import Family, Model
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, llama.FAMILY)}
+
+
+def read_model(config: Mapping[str, object]) -> Model:
+    """Check a parsed config.json against its family; raises CheckpointError for anything not understood."""
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is unknown, expected one of {', '.join(FAMILIES)}; "
+            "a new family is one file in megatron_dms/checkpoint/families"
+        )
+    return family.read(config)
+
+
+def megatron_args(config: Mapping[str, object]) -> dict[str, object]:
+    """Megatron's arguments (names as in its `args` namespace) that rebuild the model of a config.json."""
+    model = read_model(config)
+    return model.family.megatron_args(model)
+
+
+__all__ = ["FAMILIES", "Family", "Model", "megatron_args", "read_model"]

@@ -1,0 +1,105 @@
+"""An HF checkpoint folder: config.json, safetensors and side files, opened with every name accounted for."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_TENSOR_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".npz",
+)
+_TENSOR_INDEX = ".bin.index.json"
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a file. Raises CheckpointError, naming the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, expected an object")
+    return found
+
+
+class HFFolder:
+    """Tensors of a folder by name, read one at a time.
+
+    config: config.json, parsed. infos: name -> file, dtype, shape, in the order of the files.
+    Raises CheckpointError for a missing shard, a truncated file, or an index that disagrees with the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is no folder; expected a local HF checkpoint with config.json")
+        self.path = path
+        self.config = read_json(path / "config.json")
+        index, single = path / INDEX, path / _SINGLE
+        if index.exists() and single.exists():
+            raise CheckpointError(f"{path} has both {INDEX} and {_SINGLE}; remove the one that is stale")
+        if not index.exists() and not single.exists():
+            others = sorted(file.name for file in path.iterdir() if file.name.endswith(_TENSOR_SUFFIXES))
+            raise CheckpointError(
+                f"{path} has neither {_SINGLE} nor {INDEX} (found {', '.join(others) or 'none'}); "
+                "save the model in safetensors format first"
+            )
+        self.infos = read_header(single) if single.exists() else self._read_shards(read_json(index))
+
+    def _read_shards(self, index: dict[str, object]) -> dict[str, TensorInfo]:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.path / INDEX} has no weight_map")
+        infos: dict[str, TensorInfo] = {}
+        for file in sorted(set(weight_map.values())):
+            path = self.path / file
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing, though {INDEX} names it; fetch it again")
+            for name, info in read_header(path).items():
+                if weight_map.get(name) != file:
+                    raise CheckpointError(
+                        f"{path} holds {name}, which {INDEX} puts elsewhere: {weight_map.get(name)}"
+                    )
+                infos[name] = info
+        absent = sorted(set(weight_map) - set(infos))
+        if absent:
+            raise CheckpointError(
+                f"{self.path}: {INDEX} names {absent[0]}, but {weight_map[absent[0]]} lacks it"
+            )
+        return infos
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; only its own bytes are read."""
+        return read_tensor(self.path / self.infos[name].file, name)
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Every file that holds no tensors, relative to the folder; hidden folders (.git) are left out."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts[:-1])
+        if path.is_file() and not hidden and not path.name.endswith((*_TENSOR_SUFFIXES, _TENSOR_INDEX)):
+            yield relative
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes (through links, as a hub cache has them), making its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -1,0 +1,108 @@
+"""The tensors of a Megatron checkpoint under their HF names."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.checkpoint.families import Model, read_model
+from megatron_dms.checkpoint.hf_folder import read_json
+from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
+from megatron_dms.checkpoint.torch_dist import Reader
+from megatron_dms.checkpoint.training_args import differences
+from megatron_dms.checkpoint.transforms import Row, Vocabulary
+
+_NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*\._extra_state\b")
+"""Keys of tensors in a training checkpoint that belong to the run, not to the model."""
+
+_KEPT = 2
+"""Fused tensors in memory: a layer has two (QKV and gate-up), and files list a layer's tensors by name."""
+
+
+@dataclass
+class MegatronTensors:
+    """One iteration, its keys and shapes checked against the name table of its config.json.
+
+    places: HF name -> (row, layer, part). side_folder: where config.json and the tokenizer are.
+    """
+
+    reader: Reader
+    model: Model
+    rows: list[Row]
+    side_folder: Path
+    config: dict[str, object]
+    dms_fields: Mapping[str, object] | None
+    reached_cr: float | None
+    places: dict[str, tuple[Row, int, int]] = field(default_factory=dict)
+    _fused: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, megatron_dir: Path, iteration: int | None, hf_source: str | Path | None
+    ) -> "MegatronTensors":
+        """Raises CheckpointError for missing, extra or misshapen tensors, or another model than
+        config.json's.
+        """
+        reader, args = open_checkpoint(megatron_dir, iteration)
+        side_folder = Path(hf_source) if hf_source is not None else megatron_dir / HF
+        if not (side_folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{side_folder / 'config.json'} is missing; name the model's folder by --hf-source"
+            )
+        config = read_json(side_folder / "config.json")
+        model = read_model(config)
+        for name, found, wanted in differences(args, model.family.megatron_args(model)):
+            raise CheckpointError(
+                f"{reader.folder} has {name} {found!r}, but {side_folder / 'config.json'} needs {wanted!r}"
+            )
+        fields = getattr(args, "dms", None)
+        rows = model.family.rows(model, fields)
+        found = cls(reader, model, rows, side_folder, config, fields, getattr(args, "dms_reached_cr", None))
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        stored = {
+            key: tuple(md.size) for key, md in self.reader.tensors.items() if not _NOT_THE_MODEL.match(key)
+        }
+        expected = {row.megatron: row for row in self.rows}
+        missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
+        if missing or extra:
+            raise CheckpointError(
+                f"{self.reader.folder}: tensors missing {missing or 'none'}, not expected "
+                f"{extra or 'none'} for this config.json"
+            )
+        for key, row in expected.items():
+            lead = (self.model.layers,) if row.per_layer else ()
+            shape, wanted = stored[key], lead + row.megatron_shape
+            if isinstance(row, Vocabulary):  # may be padded; fewer rows are refused by the row itself
+                shape, wanted = shape[1:], wanted[1:]
+            if shape != wanted:
+                raise CheckpointError(
+                    f"{self.reader.folder}: {key} has shape {stored[key]}, expected {wanted}"
+                )
+            for layer in range(self.model.layers if row.per_layer else 1):
+                for part, name in enumerate(row.hf_names(layer)):
+                    self.places[name] = (row, layer, part)
+
+    def stored_dtype(self, name: str) -> object:
+        """Type under which the checkpoint holds an HF tensor."""
+        return self.reader.tensors[self.places[name][0].megatron].properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """One HF tensor, in the stored type. The latest fused tensors are kept, for their parts are read
+        apart.
+        """
+        row, layer, part = self.places[name]
+        key = (row.megatron, layer)
+        if key in self._fused:
+            return self._fused[key][part]
+        while len(self._fused) >= _KEPT:
+            del self._fused[next(iter(self._fused))]  # the oldest; let go before the next is read
+        parts = row.split(self.reader.tensor(row.megatron, layer if row.per_layer else None))
+        if len(parts) > 1:
+            self._fused[key] = parts
+        return parts[part]

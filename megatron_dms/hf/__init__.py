@@ -1,0 +1,65 @@
+"""The exported DMS model for transformers, and what a converter needs to write an export.
+
+The `*_dms.py` files of this folder are copied flat into every exported checkpoint, where transformers loads
+them with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. They import torch and
+transformers only. This file stays behind; importing it pulls in neither of the two.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .configuration_dms import DMSSettings
+
+MODELING_MODULE = "modeling_dms"
+MODEL_CLASSES = {"llama": "LlamaForCausalLMDMS", "qwen3": "Qwen3ForCausalLMDMS"}
+SUPPORTED_MODEL_TYPES = tuple(MODEL_CLASSES)
+
+
+def export_files() -> list[Path]:
+    """The Python files to copy, side by side, into the folder of an exported checkpoint."""
+    return sorted(Path(__file__).parent.glob("*_dms.py"))
+
+
+def config_entries(
+    model_type: str,
+    predictor: str,
+    granularity: str,
+    window: int,
+    lag: int,
+    alpha_scale: float,
+    alpha_offset: float,
+    temperature: float,
+    target_cr: float | None,
+) -> dict[str, Any]:
+    """Keys to add to (or replace in) the base model's config.json; `model_type` itself stays as it is.
+
+    Args:
+        model_type: the base model's, one of SUPPORTED_MODEL_TYPES.
+        predictor, granularity, window, lag, alpha_scale, alpha_offset, temperature, target_cr: see
+        DMSSettings;
+            window and lag in tokens.
+
+    Raises:
+        ValueError: a model type without an exported class, or a bad setting; the message names it.
+    """
+    if model_type not in MODEL_CLASSES:
+        raise ValueError(
+            f"model_type is {model_type!r}, expected one of {list(SUPPORTED_MODEL_TYPES)}; to export another "
+            f"family, add its class to megatron_dms/hf/{MODELING_MODULE}.py and its name to MODEL_CLASSES"
+        )
+    settings = DMSSettings(
+        predictor=predictor,
+        granularity=granularity,
+        window=window,
+        lag=lag,
+        alpha_scale=alpha_scale,
+        alpha_offset=alpha_offset,
+        temperature=temperature,
+        target_cr=target_cr,
+    )
+    class_name = MODEL_CLASSES[model_type]
+    return {
+        "architectures": [class_name],
+        "auto_map": {"AutoModelForCausalLM": f"{MODELING_MODULE}.{class_name}"},
+        **settings.to_entries(),
+    }

@@ -1,0 +1,164 @@
+"""One DMS attention for every family whose attention is q/k/v/o projections, optional q/k norms and RoPE.
+
+It takes the projections and norms of the family's own attention module over, under their names, so that the
+state dict stays the base model's. Only the linear predictor adds parameters (NVIDIA's names).
+
+Shapes: B sequences, H query heads, G KV heads, T new tokens, D head size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+# Half-rotation RoPE is one function for every family served here; cos and sin come from the model.
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .cache_dms import DMSCache, fresh_pairs
+from .configuration_dms import DMSSettings
+from .sparse_attention_dms import NewTokens, attend
+from .stats_dms import KVMeter
+
+
+class DMSStep(NamedTuple):
+    """What one forward of the model hands to each of its attention layers (as the keyword `dms_step`)."""
+
+    new: NewTokens
+    meter: KVMeter
+
+
+class DMSAttention(nn.Module):
+    """Attention in which each KV head forgets the pairs its predictor marks, once they leave the window."""
+
+    def __init__(self, base: nn.Module, settings: DMSSettings, norm_class: type[nn.Module]) -> None:
+        """
+        Args:
+            base: the family's attention module; its parameters move into this one.
+            settings: the checked DMS settings.
+            norm_class: the family's RMSNorm, for the linear predictor.
+        """
+        super().__init__()
+        config = base.config
+        self.settings = settings
+        self.layer_idx = base.layer_idx
+        self.head_dim = base.head_dim
+        self.scaling = base.scaling
+        self.attention_dropout = base.attention_dropout
+        self.q_proj, self.k_proj = base.q_proj, base.k_proj
+        self.v_proj, self.o_proj = base.v_proj, base.o_proj
+        self.q_norm = getattr(base, "q_norm", nn.Identity())  # Qwen3 has them, Llama has not
+        self.k_norm = getattr(base, "k_norm", nn.Identity())
+        groups = config.num_key_value_heads
+        deciding = groups if settings.granularity == "head" else 1
+        if settings.predictor == "linear":
+            self.dms_proj_alpha = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
+            for parameter in self.dms_proj_alpha.parameters():
+                nn.init.zeros_(parameter)  # untrained: z = -offset, nothing is evicted
+            self.dms_proj_alpha_norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        # A decision is read from one head's last channel, which then takes no part in attention. Only heads
+        # that decide lend theirs: for query_channel the FIRST query head of each group (per layer: head 0).
+        first_query_heads = range(0, config.num_attention_heads, config.num_attention_heads // groups)
+        self.borrowed_query_heads = list(first_query_heads)[:deciding]
+        self.borrowed_key_heads = list(range(deciding))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: DMSCache | None = None,
+        dms_step: DMSStep | None = None,
+        dms_residual: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        """
+        Args:
+            hidden_states: [B, T, hidden], after the layer's input norm.
+            position_embeddings: cos and sin, [B or 1, T, D].
+            attention_mask: not read; padding comes in dms_step.
+            past_key_values: the cache to read and extend, or None.
+            dms_step: from the model's pre-forward hook (see modeling_dms.py).
+            dms_residual: [B, T, hidden], the residual stream before the input norm; the linear predictor
+            reads it.
+
+        Returns:
+            [B, T, hidden], and None where transformers expects attention weights.
+        """
+        if dms_step is None:
+            raise ValueError("dms_step is missing: call the model (or model.model), not a layer of it")
+        B, T, _ = hidden_states.shape
+        heads = (B, T, -1, self.head_dim)
+        q_BHTD = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        k_BGTD = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        v_BGTD = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+
+        evict_BGT = self.decide(q_BHTD, k_BGTD, dms_residual)
+        # Zero before RoPE, or the decision leaks into channel D/2-1; and after, as RoPE mixes D/2-1 back.
+        q_BHTD, k_BGTD = self._without_borrowed(q_BHTD, k_BGTD)
+        q_BHTD, k_BGTD = apply_rotary_pos_emb(q_BHTD, k_BGTD, *position_embeddings)
+        q_BHTD, k_BGTD = self._without_borrowed(q_BHTD, k_BGTD)
+
+        new, meter, layer = dms_step.new.to(q_BHTD.device), dms_step.meter, self.layer_idx
+        carries_BT = new.position_BT >= self.settings.lag  # padding, at -1, carries nothing
+        meter.record_decisions(layer, (evict_BGT & carries_BT[:, None]).sum(dim=2))
+        if past_key_values is None:
+            pairs = fresh_pairs(k_BGTD, v_BGTD, evict_BGT, new, self.settings.lag)
+        else:
+            store = past_key_values.layers[layer]
+            pairs = store.extend(k_BGTD, v_BGTD, evict_BGT, new)
+            bytes_per_pair = (k_BGTD.shape[-1] + v_BGTD.shape[-1]) * k_BGTD.element_size()
+            meter.record_storage(
+                layer, store.held_BG, bytes_per_pair, store.kv_bytes, store.bookkeeping_bytes
+            )
+        dropout = self.attention_dropout if self.training else 0.0
+        out_BHTD = attend(q_BHTD, pairs, new, self.settings.window, self.scaling, dropout)
+        return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1)), None
+
+    def decide(self, q_BHTD: Tensor, k_BGTD: Tensor, residual: Tensor | None) -> Tensor:
+        """[B, G, T] bool: the decision each token carries; z = scale * raw - offset in fp32, evict where z >
+        0.
+
+        Args:
+            q_BHTD, k_BGTD: after the q- and k-norm, before RoPE and with the borrowed channels still in
+            place.
+            residual: [B, T, hidden] before the layer's input norm (linear predictor only).
+        """
+        settings = self.settings
+        groups = k_BGTD.shape[1]
+        if settings.predictor == "query_channel":
+            raw_BdT = q_BHTD[:, self.borrowed_query_heads, :, -1]
+        elif settings.predictor == "key_channel":
+            raw_BdT = k_BGTD[:, self.borrowed_key_heads, :, -1]
+        else:
+            raw_BGT = self.dms_proj_alpha(self.dms_proj_alpha_norm(residual)).transpose(1, 2)
+            raw_BdT = raw_BGT[:, : len(self.borrowed_key_heads)]
+        z_BdT = settings.alpha_scale * raw_BdT.float() - settings.alpha_offset
+        evict_BdT = z_BdT > 0
+        if settings.disable_eviction:
+            evict_BdT = torch.zeros_like(evict_BdT)
+        return evict_BdT.expand(-1, groups, -1)
+
+    def _without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies with the borrowed channels at 0; the other tensor is returned as it came."""
+        if self.settings.predictor == "query_channel":
+            q_BHTD = q_BHTD.clone()
+            q_BHTD[:, self.borrowed_query_heads, :, -1] = 0
+        elif self.settings.predictor == "key_channel":
+            k_BGTD = k_BGTD.clone()
+            k_BGTD[:, self.borrowed_key_heads, :, -1] = 0
+        return q_BHTD, k_BGTD
+
+
+def hand_down_residual(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of a decoder layer: its attention also gets the residual stream that enters the
+    layer."""
+    residual = args[0] if args else kwargs["hidden_states"]
+    return args, kwargs | {"dms_residual": residual}
+
+
+def install_attention(decoder_layers: nn.ModuleList, settings: DMSSettings) -> None:
+    """Replace the attention of every decoder layer, keeping its parameters and their names."""
+    for layer in decoder_layers:
+        layer.self_attn = DMSAttention(layer.self_attn, settings, type(layer.input_layernorm))
+        if settings.predictor == "linear":
+            layer.register_forward_pre_hook(hand_down_residual, with_kwargs=True)

@@ -1,0 +1,244 @@
+"""Causal language models with Dynamic Memory Sparsification, for transformers >= 4.57 (and 5.x).
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.generate(**inputs)
+    model.last_kv_stats.achieved_cr
+
+Each class is transformers' own model with its attention layers replaced; everything else (MLP, norms, RoPE,
+loading) stays the base model's. Where this file leans on transformers beyond documented extension points
+(checked with 4.57.1 and 5.23): the overridden methods `_prepare_cache_for_generation` and
+`_get_stopping_criteria`; a 4D attention mask is passed on as it is; unknown keywords of the base model's
+forward reach its decoder layers and their self_attn.
+
+(This file is copied flat into every exported checkpoint: relative imports, torch and transformers only.)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+from transformers.cache_utils import DynamicCache
+from transformers.generation import StoppingCriteriaList
+from transformers.utils import logging
+
+from .attention_dms import DMSStep, install_attention
+from .cache_dms import DMSCache
+from .configuration_dms import DMSSettings
+from .sparse_attention_dms import NewTokens
+from .stats_dms import KVMeter, KVStats
+
+logger = logging.get_logger(__name__)
+
+# The order in which both families' base models take them, in case a caller passes them by position.
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+
+
+class DMSForCausalLM:
+    """Mixin that turns a transformers causal LM into its DMS version; goes before it in the list of bases."""
+
+    _supports_flash_attn = False  # a query's mask differs between KV heads, which only SDPA's mask can say
+    _supports_flex_attn = False
+    _supports_attention_backend = False
+    _can_compile_fullgraph = False
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.dms_settings = DMSSettings.from_entries(vars(config))
+        _refuse_sliding_layers(config)
+        self._dms_meter: KVMeter | None = None
+        install_attention(self.model.layers, self.dms_settings)
+        self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
+        if self.dms_settings.disable_eviction:
+            logger.warning_once("dms_disable_eviction is set: the model keeps every pair and its CR is 1")
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but a missing or extra predictor tensor is an error: all depends on it."""
+        if kwargs.get("tp_plan") is not None:
+            raise ValueError(
+                f"tp_plan={kwargs['tp_plan']!r} is not supported by DMS models; use device_map instead"
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys"):
+            tensors = sorted(key for key in info[problem] if ".dms_proj_alpha" in key)
+            if tensors:
+                raise ValueError(
+                    f"{problem.replace('_keys', '')} predictor tensors {tensors} for dms_predictor "
+                    f"{model.dms_settings.predictor!r}: the weights and config.json are not of one export"
+                )
+        return (model, info) if wants_info else model
+
+    @property
+    def last_kv_stats(self) -> KVStats | None:
+        """Cost of the cache used last, over its whole life, or of the last forward without one."""
+        return None if self._dms_meter is None else self._dms_meter.stats()
+
+    def make_cache(self) -> DMSCache:
+        """An empty cache for this model, to pass as past_key_values and keep."""
+        return DMSCache(len(self.model.layers), self.dms_settings.window, self.dms_settings.lag)
+
+    # ---- one forward ----
+
+    def _prepare_step(
+        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook of the base model: settle the cache, and say where each token stands.
+
+        A hook, because that serves `model(...)`, `model.model(...)` and `generate` with no forward rewritten.
+        """
+        inputs = kwargs | dict(zip(MODEL_INPUTS, args, strict=False))
+        tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if tokens is None or len(args) > len(MODEL_INPUTS):
+            raise ValueError(f"expected input_ids or inputs_embeds, and only {MODEL_INPUTS} by position")
+        self._refuse_unsupported(inputs)
+        B, T = tokens.shape[:2]
+        cache = self._settle_cache(inputs)
+        past = 0 if cache is None else cache.get_seq_length()
+        real_BT = _real_tokens(inputs.get("attention_mask"), B, T, past, tokens.device)
+        _refuse_packed(inputs.get("position_ids"), real_BT, T)
+        if cache is None:
+            meter = KVMeter(len(model.layers))
+            new = NewTokens.place(torch.zeros(B, dtype=torch.int64, device=tokens.device), T, real_BT)
+        else:
+            meter = cache.meter
+            new = cache.place(B, T, real_BT, tokens.device)
+        meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
+        self._dms_meter = meter
+        inputs["past_key_values"] = cache
+        inputs["dms_step"] = DMSStep(new, meter)
+        # Nobody reads this mask. It is 4D because transformers passes such a mask on as it is, where it would
+        # else build one of [B, 1, T, S].
+        inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        return (), inputs
+
+    def _settle_cache(self, inputs: dict[str, Any]) -> DMSCache | None:
+        """The DMS cache of this forward: the caller's, a new one, or None where no cache is wanted."""
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, DMSCache):
+            found = (len(cache.layers), cache.window, cache.lag)
+            expected = (len(self.model.layers), self.dms_settings.window, self.dms_settings.lag)
+            if found != expected:
+                raise ValueError(
+                    f"this DMS cache has (layers, window, lag) = {found}, the model needs {expected}"
+                )
+            return cache
+        if cache is None:
+            use_cache = inputs.get("use_cache")
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            recomputing = self.training and self.model.gradient_checkpointing
+            return self.make_cache() if use_cache and not recomputing else None
+        if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+            return self.make_cache()
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}, expected None, model.make_cache() or an empty "
+            "DynamicCache: a DMS model stores eviction decisions beside keys and values"
+        )
+
+    def _refuse_unsupported(self, inputs: dict[str, Any]) -> None:
+        attentions = inputs.get("output_attentions")
+        if self.config.output_attentions if attentions is None else attentions:
+            raise ValueError("output_attentions is not supported by DMS models: the weights are never formed")
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation is {self.config._attn_implementation!r}, expected 'sdpa': DMS models "
+                "bring their own attention"
+            )
+
+    # ---- generate ----
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs
+    ) -> None:
+        """Called once by `generate`, where transformers would make a DynamicCache."""
+        _refuse_generation_modes(generation_config, args[0] if args else kwargs.get("generation_mode"))
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, DMSCache):
+            cache.meter.restart_sequences()
+        elif cache is None and generation_config.use_cache:
+            model_kwargs["past_key_values"] = self.make_cache()
+
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+        """Called once by `generate`; what it returns is asked after every token, which is when to count."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        return CountingCriteria(criteria, self, follows_beams=(generation_config.num_beams or 1) > 1)
+
+
+class CountingCriteria(StoppingCriteriaList):
+    """The stopping criteria of one `generate`; they also tell the meter that a token came, and who ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, model: DMSForCausalLM, follows_beams: bool) -> None:
+        super().__init__(criteria)
+        self.model = model
+        self.follows_beams = follows_beams
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        ended_B = super().__call__(input_ids, scores, **kwargs)
+        meter = self.model._dms_meter
+        if meter.has_storage:
+            # A beam that ends is replaced by another one: its slot goes on.
+            meter.count_generated(None if self.follows_beams else ended_B)
+        return ended_B
+
+
+class LlamaForCausalLMDMS(DMSForCausalLM, LlamaForCausalLM):
+    """Llama with DMS; also what has Llama's config and weights (SmolLM2, TinyLlama and the like)."""
+
+
+class Qwen3ForCausalLMDMS(DMSForCausalLM, Qwen3ForCausalLM):
+    """Qwen3 with DMS."""
+
+
+def _real_tokens(mask: Tensor | None, B: int, T: int, past: int, device: torch.device) -> Tensor | None:
+    """[B, T] bool, False for padding among the new tokens; None where there is none.
+
+    Args:
+        mask: what the caller passed as attention_mask: [B, past + T], 1 for real tokens, or None.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (B, past + T):
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {found}, a DMS model expects [batch, seen + new tokens] = {(B, past + T)}, "
+            "0 for padding; what a query may see beyond that is the eviction's business"
+        )
+    real_BT = mask[:, past:].to(device=device, dtype=torch.bool)
+    return None if bool(real_BT.all()) else real_BT
+
+
+def _refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -> None:
+    """Texts packed in one row would need masks between them, which transformers infers from position ids."""
+    if position_ids is None or T == 1:
+        return
+    jumps_BT = position_ids.diff(dim=-1) != 1
+    if real_BT is not None:
+        jumps_BT = jumps_BT & real_BT[:, 1:] & real_BT[:, :-1]
+    if bool(jumps_BT.any()):
+        raise ValueError(
+            "position_ids do not count up by 1: DMS models do not support several packed texts in one row; "
+            "give each its own row, with padding"
+        )
+
+
+def _refuse_sliding_layers(config) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"layer_types of the config contains {sorted(kinds - {'full_attention'})}, expected only "
+            "full_attention: DMS models have no sliding-window layers (set use_sliding_window to false)"
+        )
+
+
+def _refuse_generation_modes(generation_config, mode: str | None) -> None:
+    if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"cache_implementation {generation_config.cache_implementation!r} is not supported: DMS models "
+            "bring their own cache; leave it unset"
+        )
+    if mode == "assisted_generation" or getattr(generation_config, "is_assistant", False):
+        raise ValueError(
+            "assisted generation and prompt lookup are not supported by DMS models: a rejected token may "
+            "already have evicted pairs; generate with the model alone"
+        )
