@@ -14,7 +14,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 
-from megatron_dms.checkpoint import CheckpointError, checkpoint_args, import_hf, megatron_args, set_rope
+from megatron_dms.checkpoint import (
+    CheckpointError,
+    checkpoint_args,
+    import_hf,
+    megatron_args,
+    set_model_args,
+    set_rope,
+)
 from megatron_dms.checkpoint.megatron_folder import iteration_folder
 from megatron_dms.checkpoint.training_args import ARCHITECTURE
 from megatron_dms.config import DMSConfig
@@ -65,9 +72,10 @@ def teacher_args(folder: str | Path) -> Namespace:
 def _complete(args: Namespace, teacher: Namespace) -> Namespace:
     """The run's arguments with the teacher's architecture."""
     complete = copy.copy(args)
-    for name in (*ARCHITECTURE, "max_position_embeddings", "rope_scaling_factor", "rope_parameters"):
+    for name in (*ARCHITECTURE, "max_position_embeddings"):
         if hasattr(teacher, name):
             setattr(complete, name, getattr(teacher, name))
+    set_model_args(complete, teacher)
     return complete
 
 
@@ -84,8 +92,7 @@ def _build_dense(args: Namespace, student: GPTModel) -> GPTModel:
 
 
 def _apply_rope(model: GPTModel, args: Namespace) -> None:
-    if parameters := getattr(args, "rope_parameters", None):
-        set_rope(model, parameters)
+    set_rope(model, args.rope_parameters)
 
 
 def _megatron_folder(teacher: str, args: Namespace) -> Path:

@@ -75,20 +75,21 @@ def parse_megatron_args(dms: DMSConfig) -> Namespace:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_dms.checkpoint import CheckpointError
+    from megatron_dms.checkpoint import CheckpointError, checkpoint_args
     from megatron_dms.training.data_arguments import validate_data_args
     from megatron_dms.training.token_files import DataError
 
-    chosen: set[str] = set()
-    args = parse_args(lambda parser: _prepare_parser(parser, chosen))
     try:
+        args = parse_args(_prepare_parser)
+        folder, continues = starting_point(args)
+        stored = checkpoint_args(folder)
         _check_supported(args)
-        stored = _adopt_checkpoint(args, dms, chosen)
+        _check_checkpoint(args, dms, stored, folder, continues)
         validate_data_args(args)
         _check_layout(args)
         _check_training(args, dms)
-        _check_teacher(args, dms, stored)
-    except (CheckpointError, DataError, ValueError) as error:
+        _check_teacher(args, dms)
+    except (CheckpointError, DataError) as error:
         raise StartupError(str(error)) from error
     args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
     try:
@@ -97,25 +98,27 @@ def parse_megatron_args(dms: DMSConfig) -> Namespace:
         raise StartupError(f"Megatron refuses these flags: {error}") from error
     set_global_variables(args)
     if args.rank == 0 and args.save:
-        _carry_hf_files(starting_point(args)[0], Path(args.save))
+        _carry_hf_files(folder, Path(args.save))
     return args
 
 
-def _prepare_parser(parser: argparse.ArgumentParser, chosen: set[str]) -> argparse.ArgumentParser:
-    """Add the DMS flags, this project's and the CPU's defaults; note which flags the command line holds."""
+def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the DMS flags; make the checkpoint's architecture, this project's and the CPU's settings defaults."""
     import torch
 
+    from megatron_dms.checkpoint import checkpoint_args, set_parser_defaults
     from megatron_dms.platform import cpu
 
+    parser.error = _raise_startup_error
     add_dms_arguments(parser)
     parser.set_defaults(
         attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100
     )
     if getattr(torch.cuda, "_answered_by_megatron_dms", False):
         parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
-    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
-    chosen.update(action.dest for action in parser._actions if given & set(action.option_strings))
-    parser.error = _raise_startup_error
+    early, _ = parser.parse_known_args()
+    folder, _ = starting_point(early)
+    set_parser_defaults(parser, checkpoint_args(folder), folder)
     return parser
 
 
@@ -152,28 +155,26 @@ def starting_point(args: Namespace) -> tuple[Path, bool]:
     )
 
 
-def _adopt_checkpoint(args: Namespace, dms: DMSConfig, chosen: set[str]) -> Namespace:
-    """Take the architecture from the checkpoint; a flag that says otherwise is an error."""
-    from megatron_dms.checkpoint import checkpoint_args
-    from megatron_dms.checkpoint.training_args import ARCHITECTURE, check_model_args, set_model_args
+def _check_checkpoint(
+    args: Namespace, dms: DMSConfig, stored: Namespace, folder: Path, continues: bool
+) -> None:
+    """Compare flags with the checkpoint's model and DMS settings."""
+    from megatron_dms.checkpoint import check_model_args, set_model_args
 
-    folder, continues = starting_point(args)
-    stored = checkpoint_args(folder)
-    for name in (*ARCHITECTURE, "max_position_embeddings"):
-        if name not in chosen and hasattr(stored, name):
-            setattr(args, name, getattr(stored, name))
+    set_model_args(args, stored)
     check_model_args(args, stored)
-    set_model_args(args, stored, folder)
     if args.seq_length is None or args.seq_length > args.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the model has {args.max_position_embeddings} positions "
             "(max_position_embeddings); use a shorter --seq-length"
         )
     if getattr(stored, "dms", None):
-        dms.check_against(stored.dms, resuming=continues)
+        try:
+            dms.check_against(stored.dms, resuming=continues)
+        except ValueError as error:
+            raise StartupError(f"{error} ({folder})") from error
     elif continues:
         raise StartupError(f"{folder} was trained without DMS; add --finetune to start a retrofit from it")
-    return stored
 
 
 def _carry_hf_files(source: Path, save: Path) -> None:
@@ -219,7 +220,7 @@ def _check_training(args: Namespace, dms: DMSConfig) -> None:
         args.gradient_accumulation_fusion = False
 
 
-def _check_teacher(args: Namespace, dms: DMSConfig, stored: Namespace) -> None:
+def _check_teacher(args: Namespace, dms: DMSConfig) -> None:
     from megatron_dms.training.build import teacher_args
 
     if dms.teacher is None:
