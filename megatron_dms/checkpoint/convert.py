@@ -91,6 +91,7 @@ def export_hf(
     tensors = MegatronTensors.open(Path(megatron_dir), iteration, hf_source)
     layout = export_layout.for_export(tensors)
     counter = _Counter(len(layout.infos), progress)
+    entries = export_layout.dms_entries(tensors)
     with staged_folder(Path(hf_dir), force) as out:
         for file, infos in layout.files().items():
             stream = ((name, counter.seen(tensors.read(name).to(info.dtype))) for name, info in infos.items())
@@ -99,8 +100,8 @@ def export_hf(
         for name in side_files(tensors.side_folder):
             if name.name not in (SOURCE, export_layout.INDEX):
                 copy_file(tensors.side_folder / name, out / name)
-        if tensors.dms_fields is not None:
-            export_layout.add_dms_files(out, tensors)
+        if entries is not None:
+            export_layout.add_dms_files(out, tensors.config, entries)
     return Report(len(layout.infos), counter.bytes, time.monotonic() - begin)
 
 

@@ -161,13 +161,22 @@ def _split(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     return {name: f"model-{n + 1:05d}-of-{number + 1:05d}.safetensors" for name, n in numbers.items()}
 
 
-def add_dms_files(out: Path, tensors: MegatronTensors) -> None:
-    """DMS keys into config.json, and the code that runs the model beside it. All other keys stay as they
-    are.
-    """
-    entries = dms.config_entries(tensors.dms_fields, tensors.model.family.model_type, tensors.reached_cr)
-    path = out / "config.json"
-    if any(tensors.config.get(key, tensors) != value for key, value in entries.items()):
-        path.write_text(json.dumps({**tensors.config, **entries}, indent=2) + "\n", encoding="utf-8")
+def dms_entries(tensors: MegatronTensors) -> dict[str, object] | None:
+    """Keys of config.json that an export gets from args.dms; None for a base model."""
+    if tensors.dms_fields is not None:
+        return dms.config_entries(tensors.dms_fields, tensors.model.family.model_type, tensors.reached_cr)
+    if tensors.model.dms is not None:
+        raise CheckpointError(
+            f"{tensors.side_folder / 'config.json'} is a DMS model's, but {tensors.reader.folder} has no "
+            "args.dms; name the base model's folder by --hf-source"
+        )
+    return None
+
+
+def add_dms_files(out: Path, config: Mapping[str, object], entries: Mapping[str, object]) -> None:
+    """DMS keys into config.json, all others as they are, and the code that runs the model beside it."""
+    if any(key not in config or config[key] != value for key, value in entries.items()):
+        text = json.dumps({**config, **entries}, indent=2) + "\n"
+        (out / "config.json").write_text(text, encoding="utf-8")
     for file in hf.export_files():
         copy_file(Path(file), out / Path(file).name)
