@@ -25,7 +25,7 @@ def main() -> None:
         from megatron_dms.training.startup import parse_megatron_args
 
         skip_helper_compilation()
-        args = parse_megatron_args(dms)
+        args, start = parse_megatron_args(dms)
     except StartupError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"pretrain_dms.py: error: {error}", file=sys.stderr)
@@ -40,7 +40,7 @@ def main() -> None:
     from megatron_dms.training.step import RetrofitStep
 
     step = RetrofitStep(dms)
-    model = student_config(args, dms)
+    model = student_config(args, dms, start)
     model.pre_wrap_hooks.append(step.attach)
     pretrain(
         pretrain_cfg_container_from_args(args, model),

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
@@ -30,19 +29,24 @@ from megatron_dms.training.teacher import distill, share_parameters
 from megatron_dms.training.trainable import freeze_all_but_predictor
 
 
-def student_config(args: Namespace, dms: DMSConfig) -> Any:
-    """Megatron's model configuration of the student, with its teacher attached before it is wrapped."""
+def student_config(args: Namespace, dms: DMSConfig, start: Path | None) -> Any:
+    """Megatron's model configuration of the student, with its teacher attached before it is wrapped.
+
+    start: the Megatron checkpoint that a new retrofit takes its weights from; None when one is resumed.
+    """
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = partial(dms_block_spec, dms=dms)
     # Teacher and student travel the pipeline side by side: wider tensors than Megatron expects.
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
-    config.pre_wrap_hooks.append(partial(_prepare, args=args, dms=dms))
+    config.pre_wrap_hooks.append(partial(_prepare, args=args, dms=dms, start=start))
     return config
 
 
-def _prepare(models: list[GPTModel], args: Namespace, dms: DMSConfig) -> list[GPTModel]:
+def _prepare(models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Path | None) -> list[GPTModel]:
     (student,) = models
-    _apply_rope(student, args)
+    set_rope(student, args.rope_parameters)
+    if start is not None:
+        load_weights(student, start)
     if dms.train == "predictor":
         freeze_all_but_predictor(student, dms)
     if dms.teacher == "self":
@@ -51,7 +55,7 @@ def _prepare(models: list[GPTModel], args: Namespace, dms: DMSConfig) -> list[GP
     else:
         folder = _megatron_folder(dms.teacher, args)
         teacher = _build_dense(_complete(args, teacher_args(folder)), student)
-        load_weights(teacher, iteration_folder(folder))
+        load_weights(teacher, folder)
     return [distill(student, teacher, dms.kl, args.vocab_size)]
 
 
@@ -87,12 +91,8 @@ def _build_dense(args: Namespace, student: GPTModel) -> GPTModel:
     teacher = builder.build_model(
         ProcessGroupCollection.use_mpu_process_groups(), student.pre_process, student.post_process
     )
-    _apply_rope(teacher, args)
+    set_rope(teacher, args.rope_parameters)
     return teacher
-
-
-def _apply_rope(model: GPTModel, args: Namespace) -> None:
-    set_rope(model, args.rope_parameters)
 
 
 def _megatron_folder(teacher: str, args: Namespace) -> Path:
@@ -109,9 +109,23 @@ def _megatron_folder(teacher: str, args: Namespace) -> Path:
     return imported
 
 
-@torch.no_grad()
 def load_weights(model: GPTModel, folder: Path) -> None:
-    """Load a model's weights, and nothing else, from one iteration's folder of a torch_dist checkpoint."""
+    """Load a model's weights, and nothing else, from the latest iteration of a torch_dist checkpoint.
+
+    A new predictor, which the checkpoint does not hold, stays as it was initialised.
+
+    Raises:
+        KeyError: any other tensor is missing.
+    """
+    held = (getattr(checkpoint_args(folder), "dms", None) or {}).get("predictor")
     metadata = {"dp_cp_group": ProcessGroupCollection.use_mpu_process_groups().dp_cp}
-    wanted = {"model": model.sharded_state_dict(metadata=metadata)}  # nested: the file's common state joins it
-    model.load_state_dict(dist_checkpointing.load(wanted, str(folder))["model"])
+    wanted = model.sharded_state_dict(metadata=metadata)
+    fresh = {name for name in wanted if ".dms_predictor." in name and held != "linear"}
+    for name in fresh:
+        del wanted[name]
+    # Nested, because what the file holds in common (its arguments) is added beside it.
+    loaded = dist_checkpointing.load({"model": wanted}, str(iteration_folder(folder)))["model"]
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if name not in fresh and "_extra_state" not in name]
+    if wrong:
+        raise KeyError(f"{folder}: {', '.join(wrong)} do not match the model")

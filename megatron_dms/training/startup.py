@@ -66,8 +66,13 @@ class _OneLineParser(argparse.ArgumentParser):
         raise StartupError(message)
 
 
-def parse_megatron_args(dms: DMSConfig) -> Namespace:
+def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
     """All flags, completed by the architecture of the checkpoint to start from, checked and made global.
+
+    Returns:
+        The arguments, and the checkpoint whose weights a new retrofit starts from. That one is ours to load:
+        Megatron's loading insists on every tensor of the model, and a base model has no linear predictor. None
+        if Megatron resumes a retrofit from --load.
 
     Raises:
         StartupError: see the module's docstring.
@@ -92,6 +97,9 @@ def parse_megatron_args(dms: DMSConfig) -> Namespace:
     except (CheckpointError, DataError) as error:
         raise StartupError(str(error)) from error
     args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
+    if not continues:
+        args.pretrained_checkpoint = None
+        args.load = None if args.load and Path(args.load) == folder else args.load
     try:
         validate_args(args, {})
     except AssertionError as error:
@@ -99,7 +107,7 @@ def parse_megatron_args(dms: DMSConfig) -> Namespace:
     set_global_variables(args)
     if args.rank == 0 and args.save:
         _carry_hf_files(folder, Path(args.save))
-    return args
+    return args, None if continues else folder
 
 
 def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

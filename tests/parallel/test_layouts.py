@@ -1,0 +1,70 @@
+"""Layout never changes the result: every layout of ranks against one process.
+
+Compared at each of six steps: loss, KL, compression loss, achieved CR soft and hard, the least and most
+compressed layer, gradient norm, to 1e-5 relative. The sixth step's numbers depend on five updates of the
+weights, so gradients are compared in effect entry by entry.
+"""
+
+import pytest
+from comparison import TOLERANCE, assert_same_curves
+from retrofit import STEPS, Workspace
+
+Curves = dict[str, list[float]]
+TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+
+LAYOUTS = {
+    "tp2": (2, *TP),
+    "pp2": (2, *PP),
+    "tp2_pp2": (4, *TP, *PP),
+    "tp2_sequence_parallel": (2, *TP, "--sequence-parallel"),
+    "dp2": (2,),
+    "dp2_distributed_optimizer": (2, "--use-distributed-optimizer"),
+    "one_microbatch_of_twice_the_size": (1, "--micro-batch-size", "4"),
+}
+RECOMPUTE = {
+    "selective": (1, "--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
+    "full": (1, *FULL_RECOMPUTE),
+}
+VARIANTS = {
+    "linear_self_teacher": (
+        *("--dms-predictor", "linear", "--dms-train", "predictor", "--dms-teacher", "self"),
+        *("--lr", "3e-2"),  # W starts at 0 and moves by this per step
+    ),
+    "key_channel_per_layer_student_teacher": (
+        *("--dms-predictor", "key_channel", "--dms-granularity", "layer", "--dms-kl", "student_teacher"),
+        *("--dms-lag", "0", "--dms-anneal", "fraction"),
+    ),
+    "query_channel_per_layer_rows_only_after_zeroing": (
+        *("--dms-granularity", "layer", "--dms-train", "predictor", "--dms-zeroing-steps", "3"),
+        *("--lr", "3e-2", *FULL_RECOMPUTE),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(name: str, workspace: Workspace, reference: Curves) -> None:
+    """Catches noise by rank (local head or sample numbers), the compression clamp per stage or per
+    tensor-parallel rank, a loss normalised per microbatch, vocabulary padding in the KL, and gradients that
+    are summed over the wrong ranks."""
+    assert max(reference["compression loss"]) > 0, "the clamp must be active, or it is not tested"
+    assert_same_curves(workspace.run(name, *LAYOUTS[name]), reference, range(STEPS), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", RECOMPUTE)
+def test_recompute_changes_nothing(name: str, workspace: Workspace, reference: Curves) -> None:
+    """Bit for bit. Catches decisions that are counted twice, noise that is drawn anew, and a decision logit
+    that is closed over instead of being an input of the recomputed region."""
+    assert_same_curves(workspace.run(name, *RECOMPUTE[name]), reference, range(STEPS), 0.0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspace) -> None:
+    """The same for the other predictors, one decision per layer, the borrowed rows alone, the zeroing phase,
+    the teacher that shares the student's weights: TP 2 x PP 2 against one process. Catches a layer's decision
+    that is not head 0's on every rank, a row that is zeroed or trained on the wrong rank, and a teacher whose
+    activations are cut at the wrong place between stages."""
+    flags = VARIANTS[name]
+    alone = workspace.run(f"{name}_alone", 1, *flags)
+    assert alone["KL"][0] != alone["KL"][-1], "the run must learn something, or gradients are not tested"
+    assert_same_curves(workspace.run(name, 4, *TP, *PP, *flags), alone, range(STEPS), TOLERANCE)
