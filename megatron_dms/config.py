@@ -28,7 +28,7 @@ class DMSConfig:
     predictor: str = _setting(
         "query_channel",
         "where the eviction logit comes from: the last channel of the first query head of each group, the last "
-        "channel of the key, or a linear layer of its own on the residual stream (section 3.1)",
+        "channel of the key, or a linear layer of its own on the residual stream (section 3)",
         choices=("query_channel", "key_channel", "linear"),
         model=True,
     )
@@ -48,7 +48,7 @@ class DMSConfig:
     )
     window: int = _setting(
         256,
-        "tokens for which a pair marked for eviction stays readable; 0 or more (section 3.2)",
+        "tokens for which a pair marked for eviction stays readable; 0 or more (section 3)",
         model=True,
     )
     lag: int = _setting(
@@ -57,9 +57,9 @@ class DMSConfig:
         "equal to the window for immediate eviction, the paper's inferior ablation",
         model=True,
     )
-    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3.1)", model=True)
-    final_cr: float = _setting(8.0, "compression ratio that is reached and then held, 1 or more (section 3.3)")
-    steps_per_cr: float = _setting(100.0, "training steps per unit of compression ratio, > 0 (section 3.3)")
+    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)", model=True)
+    final_cr: float = _setting(8.0, "compression ratio that is reached and then held, 1 or more (section 3)")
+    steps_per_cr: float = _setting(100.0, "training steps per unit of compression ratio, > 0 (section 3)")
     anneal: str = _setting(
         "cr",
         "what grows linearly: the compression ratio, or the evicted fraction",

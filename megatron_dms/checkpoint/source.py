@@ -1,6 +1,7 @@
 """The tensors of a Megatron checkpoint under their HF names."""
 
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,25 @@ from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
 from megatron_dms.checkpoint.torch_dist import Reader
 from megatron_dms.checkpoint.training_args import differences
 from megatron_dms.checkpoint.transforms import Row, Vocabulary
+from megatron_dms.config import DMSConfig
 
 _NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*\._extra_state\b")
 """Keys of tensors in a training checkpoint that belong to the run, not to the model."""
 
 _KEPT = 2
 """Fused tensors in memory: a layer has two (QKV and gate-up), and files list a layer's tensors by name."""
+
+
+def _reached_cr(reader: Reader, args: Namespace) -> float | None:
+    """The compression ratio that training had asked for when it saved; None for a base model.
+
+    An imported DMS model brings its own number (`args.dms_reached_cr`).
+    """
+    fields = getattr(args, "dms", None)
+    if hasattr(args, "dms_reached_cr") or not fields or "steps_per_cr" not in fields:
+        return getattr(args, "dms_reached_cr", None)
+    config = DMSConfig.from_dict(fields)
+    return config.schedule.target_cr(reader.common()["iteration"] - config.zeroing_steps)
 
 
 @dataclass
@@ -60,7 +74,7 @@ class MegatronTensors:
             )
         fields = getattr(args, "dms", None)
         rows = model.family.rows(model, fields)
-        found = cls(reader, model, rows, side_folder, config, fields, getattr(args, "dms_reached_cr", None))
+        found = cls(reader, model, rows, side_folder, config, fields, _reached_cr(reader, args))
         found._check()
         return found
 

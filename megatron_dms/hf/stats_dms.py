@@ -63,6 +63,7 @@ class KVMeter:
         self.num_layers = num_layers
         self.active_B: Tensor | None = None  # False once a sequence has ended; None before the first forward
         self.evicted_LBG: list[Tensor] = []  # per layer [B, G]: decisions to evict
+        self.evicted_before_LBG: list[Tensor] = []  # the same before the current forward
         self.decided_B: Tensor | None = None
         self.seen_B: Tensor | None = None
         self.held_B: Tensor | None = None  # pairs held after the last forward, summed over layers and heads
@@ -104,13 +105,17 @@ class KVMeter:
         decided_B = (total_B - lag).clamp(min=0) - (before_B - lag).clamp(min=0)
         self.seen_B = self.seen_B + count_B * self.active_B
         self.decided_B = self.decided_B + decided_B * self.active_B
+        self.evicted_before_LBG = list(self.evicted_LBG)
         self.held_B = torch.zeros_like(self.held_B)
         self.bytes = self.bookkeeping_bytes = 0
 
     def record_decisions(self, layer: int, evict_BG: Tensor) -> None:
-        """Add [B, G] decisions to evict that arrived in this forward."""
-        so_far_BG = self.evicted_LBG[layer].to(evict_BG.device)
-        self.evicted_LBG[layer] = so_far_BG + evict_BG * self.active_B.to(evict_BG.device)[:, None]
+        """Add [B, G] decisions to evict that arrived in this forward.
+
+        To what was there before it, not to the sum: gradient checkpointing runs a layer's forward twice.
+        """
+        before_BG = self.evicted_before_LBG[layer].to(evict_BG.device)
+        self.evicted_LBG[layer] = before_BG + evict_BG * self.active_B.to(evict_BG.device)[:, None]
 
     def record_storage(
         self, layer: int, held_BG: Tensor, bytes_per_pair: int, kv_bytes: int, bookkeeping_bytes: int
@@ -126,8 +131,7 @@ class KVMeter:
                 self.peak_bytes, self.peak_bookkeeping_bytes = self.bytes, self.bookkeeping_bytes
 
     def count_generated(self, ended_B: Tensor | None) -> None:
-        """The last query of the last forward has produced a token; `ended_B` [B] marks sequences that now
-        end.
+        """The last forward's last query has produced a token; `ended_B` [B] says which sequences now end.
 
         What that query read is what is held after it: what is dropped is exactly what it could not see.
         """

@@ -1,6 +1,6 @@
 """The compression account of one microbatch: exact under any layout of ranks.
 
-The compression loss clamps each sample's mean alpha over the WHOLE model (DMS paper, section 3.3), while a rank
+The compression loss clamps each sample's mean alpha over the WHOLE model (DMS paper, section 3), while a rank
 sees only its own layers and KV heads. Its gradient is simple, though: -weight / (B L G T) for each alpha of a
 sample below target, else 0. So each rank adds up its decisions in the forward pass; when its last layer has
 reported, it starts an all-reduce of that small vector over the model's ranks; in the backward pass each alpha

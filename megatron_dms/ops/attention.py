@@ -11,7 +11,7 @@ from torch import Tensor
 def dms_attention(
     q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int, scale: float | None = None
 ) -> Tensor:
-    """Causal attention in which a pair beyond the window is weighted by 1 - alpha (paper, section 3.2).
+    """Causal attention in which a pair beyond the window is weighted by 1 - alpha (paper, section 3).
 
     Query i sees key j <= i with score bias 0 where i - j <= window (window + 1 pairs, the token itself
     included), else log_keep[j]. The bias of a KV head serves all query heads of its group.

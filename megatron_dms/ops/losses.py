@@ -1,4 +1,4 @@
-"""Distillation and compression losses (DMS paper, section 3.3).
+"""Distillation and compression losses (DMS paper, section 3).
 
 The two directions of KL are named by formula, never "forward" or "reverse". With a process group the last
 dimension of the logits is one rank's part of the vocabulary, and every rank gets the same loss.

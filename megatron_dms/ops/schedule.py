@@ -1,4 +1,4 @@
-"""When which compression ratio is asked for (DMS paper, section 3.3 and appendix)."""
+"""When which compression ratio is asked for (DMS paper, section 3)."""
 
 import math
 from dataclasses import dataclass
