@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 4 pretrain_dms.py --pretrained-checkpoint BASE --dms-teacher BASE \
         --load OUT --save OUT --data-path DATA --tensor-model-parallel-size 2 ...
 
-All of Megatron's flags, plus --dms-* (see docs/flags.md or --help). The architecture comes from the checkpoint.
+All of Megatron's flags, plus --dms-* (see docs/flags.md or --help). The architecture comes from the
+checkpoint.
 """
 
 import os

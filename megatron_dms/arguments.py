@@ -9,7 +9,9 @@ from megatron_dms.config import DMSConfig, flag_of
 
 def add_dms_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add one flag for each DMSConfig field; passed to Megatron as its `extra_args_provider`."""
-    group = parser.add_argument_group("DMS", "Dynamic Memory Sparsification: a KV cache that learns to forget")
+    group = parser.add_argument_group(
+        "DMS", "Dynamic Memory Sparsification: a KV cache that learns to forget"
+    )
     for item in fields(DMSConfig):
         kind = item.type if item.type in (int, float) else str
         default = "none" if item.default is None else item.default

@@ -27,8 +27,8 @@ class DMSConfig:
 
     predictor: str = _setting(
         "query_channel",
-        "where the eviction logit comes from: the last channel of the first query head of each group, the last "
-        "channel of the key, or a linear layer of its own on the residual stream (section 3)",
+        "where the eviction logit comes from: the last channel of the first query head of each group, the "
+        "last channel of the key, or a linear layer of its own on the residual stream (section 3)",
         choices=("query_channel", "key_channel", "linear"),
         model=True,
     )
@@ -43,7 +43,7 @@ class DMSConfig:
     )
     alpha_offset: float = _setting(
         5.0,
-        "see alpha_scale; 5 makes the first decisions sigmoid(-5) = 0.007, so nothing is evicted at the start",
+        "see alpha_scale; 5 makes the first decisions sigmoid(-5) = 0.007: nothing is evicted at the start",
         model=True,
     )
     window: int = _setting(
@@ -53,8 +53,8 @@ class DMSConfig:
     )
     lag: int = _setting(
         1,
-        "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's text, "
-        "equal to the window for immediate eviction, the paper's inferior ablation",
+        "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's "
+        "text, equal to the window for immediate eviction, the paper's inferior ablation",
         model=True,
     )
     temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)", model=True)
@@ -94,7 +94,9 @@ class DMSConfig:
             if choices and value not in choices:
                 raise ValueError(f"{flag_of(item.name)} is {value!r}, expected one of {', '.join(choices)}")
         self._require(self.window >= 0, "window", ">= 0 tokens")
-        self._require(0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}")
+        self._require(
+            0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}"
+        )
         self._require(self.temperature > 0, "temperature", "> 0")
         self._require(self.alpha_scale > 0, "alpha_scale", "> 0")
         self._require(self.final_cr >= 1, "final_cr", ">= 1 (1 = nothing is evicted)")
@@ -144,7 +146,9 @@ class DMSConfig:
         """The inverse of to_dict; an unknown key is an error."""
         unknown = sorted(set(values) - {item.name for item in fields(cls)})
         if unknown:
-            raise ValueError(f"unknown DMS settings {unknown}; was this checkpoint written by a newer version?")
+            raise ValueError(
+                f"unknown DMS settings {unknown}; was this checkpoint written by a newer version?"
+            )
         return cls(**values)
 
     def check_against(self, stored: dict[str, Any], resuming: bool) -> None:
@@ -166,8 +170,8 @@ class DMSConfig:
                 if resuming and not item.metadata["model"]:
                     fix += ", or --finetune to start a new schedule from these weights"
                 raise ValueError(
-                    f"{flag_of(item.name)} is {getattr(self, item.name)}, but the checkpoint was trained with "
-                    f"{stored[item.name]}; {fix}"
+                    f"{flag_of(item.name)} is {getattr(self, item.name)}, but the checkpoint was trained "
+                    f"with {stored[item.name]}; {fix}"
                 )
 
 

@@ -2,7 +2,8 @@
 
 Everything is measured while the models generate greedily with hard eviction, in left-padded batches.
 
-Run: python examples/tiny_reasoner/compare.py --teacher BASE --student cr4=DIR --student cr8=DIR --out out/demo
+Run: python examples/tiny_reasoner/compare.py --teacher BASE --student cr4=DIR --student cr8=DIR --out
+out/demo
 """
 
 import argparse

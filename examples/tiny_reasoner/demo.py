@@ -1,8 +1,8 @@
 """The whole way, from a fresh clone, on a CPU: import, retrofit on four ranks, export, generate, compare.
 
-The tiny reasoner is imported into Megatron (TP 2 x PP 2 from here on), its borrowed query channel is faded out,
-and it learns to evict, CR 4 first and CR 8 later in the same run. Both checkpoints are exported to HF format and
-answer held-out problems with hard eviction, beside the teacher.
+The tiny reasoner is imported into Megatron (TP 2 x PP 2 from here on), its borrowed query channel is faded
+out, and it learns to evict, CR 4 first and CR 8 later in the same run. Both checkpoints are exported to HF
+format and answer held-out problems with hard eviction, beside the teacher.
 
 Run: make demo, or python examples/tiny_reasoner/demo.py --out out/demo
 """

@@ -49,17 +49,18 @@ class DMSAttention(nn.Module):
         self.q_norm = getattr(base, "q_norm", nn.Identity())  # Qwen3 has them, Llama has not
         self.k_norm = getattr(base, "k_norm", nn.Identity())
         groups = config.num_key_value_heads
-        deciding = groups if settings.granularity == "head" else 1
+        self.deciding_groups = groups if settings.granularity == "head" else 1
         if settings.predictor == "linear":
             self.dms_proj_alpha = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
             for parameter in self.dms_proj_alpha.parameters():
                 nn.init.zeros_(parameter)  # untrained: z = -offset, nothing is evicted
             self.dms_proj_alpha_norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        # A decision is read from one head's last channel, which then takes no part in attention. Only heads
-        # that decide lend theirs: for query_channel the FIRST query head of each group (per layer: head 0).
-        first_query_heads = range(0, config.num_attention_heads, config.num_attention_heads // groups)
-        self.borrowed_query_heads = list(first_query_heads)[:deciding]
-        self.borrowed_key_heads = list(range(deciding))
+        # The last channel of the first query head of each group (or of each key) is lent to decisions and
+        # takes no part in attention. That holds for one decision per layer too, where only the first one is
+        # read: so does NVIDIA's released code.
+        self.borrowed_query_heads = list(
+            range(0, config.num_attention_heads, config.num_attention_heads // groups)
+        )
 
     def forward(
         self,
@@ -126,13 +127,12 @@ class DMSAttention(nn.Module):
         settings = self.settings
         groups = k_BGTD.shape[1]
         if settings.predictor == "query_channel":
-            raw_BdT = q_BHTD[:, self.borrowed_query_heads, :, -1]
+            raw_BGT = q_BHTD[:, self.borrowed_query_heads, :, -1]
         elif settings.predictor == "key_channel":
-            raw_BdT = k_BGTD[:, self.borrowed_key_heads, :, -1]
+            raw_BGT = k_BGTD[..., -1]
         else:
             raw_BGT = self.dms_proj_alpha(self.dms_proj_alpha_norm(residual)).transpose(1, 2)
-            raw_BdT = raw_BGT[:, : len(self.borrowed_key_heads)]
-        z_BdT = settings.alpha_scale * raw_BdT.float() - settings.alpha_offset
+        z_BdT = settings.alpha_scale * raw_BGT[:, : self.deciding_groups].float() - settings.alpha_offset
         evict_BdT = z_BdT > 0
         if settings.disable_eviction:
             evict_BdT = torch.zeros_like(evict_BdT)
@@ -145,7 +145,7 @@ class DMSAttention(nn.Module):
             q_BHTD[:, self.borrowed_query_heads, :, -1] = 0
         elif self.settings.predictor == "key_channel":
             k_BGTD = k_BGTD.clone()
-            k_BGTD[:, self.borrowed_key_heads, :, -1] = 0
+            k_BGTD[..., -1] = 0
         return q_BHTD, k_BGTD
 
 

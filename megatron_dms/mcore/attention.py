@@ -47,8 +47,8 @@ class DMSSelfAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As SelfAttention.forward. `key_value_states` means nothing to self-attention, and is the one argument
-        that Megatron passes on to get_query_key_value_tensors: it takes the microbatch there."""
+        """As SelfAttention.forward. `key_value_states` means nothing to self-attention, and is the one
+        argument that Megatron passes on to get_query_key_value_tensors: it takes the microbatch there."""
         microbatch = kwargs.get("packed_seq_params")
         if not isinstance(microbatch, Microbatch):
             raise TypeError(
@@ -100,9 +100,7 @@ class DMSCoreAttention(MegatronModule):
         self.scale = softmax_scale
         self.groups = config.num_query_groups // tp_size
         self.first_group = tp_rank * self.groups
-        self.borrowed = BorrowedChannel(
-            dms, config.num_attention_heads // tp_size, self.groups, tp_rank
-        )
+        self.borrowed = BorrowedChannel(dms.predictor, config.num_attention_heads // tp_size, self.groups)
 
     def forward(
         self,
@@ -143,9 +141,7 @@ class DMSCoreAttention(MegatronModule):
         microbatch.account.report(self.layer, heads, eviction.alpha, eviction.hard, microbatch.valid)
         log_keep = eviction.log_keep
         if microbatch.phase is Phase.SOFT:
-            log_keep = attach_compression_loss(
-                log_keep, eviction.alpha, microbatch.valid, microbatch.account
-            )
+            log_keep = attach_compression_loss(log_keep, eviction.alpha, microbatch.valid, microbatch.account)
         return shift(log_keep, self.dms.lag)
 
     def _noise(self, heads: Tensor, microbatch: Microbatch) -> Tensor:

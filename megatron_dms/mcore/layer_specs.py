@@ -1,7 +1,7 @@
 """Layer specs: a plain GPT (the teacher) and the same GPT with DMS attention (the student).
 
-Both start from Megatron's own spec, local or Transformer Engine. The student's attention and core attention are
-replaced, nothing else. Without Transformer Engine the norms are replaced in both, see norms.py.
+Both start from Megatron's own spec, local or Transformer Engine. The student's attention and core attention
+are replaced, nothing else. Without Transformer Engine the norms are replaced in both, see norms.py.
 """
 
 from copy import deepcopy

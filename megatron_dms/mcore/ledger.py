@@ -4,8 +4,8 @@ The compression loss clamps each sample's mean alpha over the WHOLE model (DMS p
 sees only its own layers and KV heads. Its gradient is simple, though: -weight / (B L G T) for each alpha of a
 sample below target, else 0. So each rank adds up its decisions in the forward pass; when its last layer has
 reported, it starts an all-reduce of that small vector over the model's ranks; in the backward pass each alpha
-waits for it and takes its gradient. Every stage runs a microbatch's forward before any stage runs its backward,
-so this cannot deadlock in any pipeline schedule, and the result is that of one process.
+waits for it and takes its gradient. Every stage runs a microbatch's forward before any stage runs its
+backward, so this cannot deadlock in any pipeline schedule, and the result is that of one process.
 """
 
 from dataclasses import dataclass, field

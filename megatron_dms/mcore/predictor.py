@@ -13,7 +13,6 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.norms import RMSNorm
 
 
@@ -39,31 +38,24 @@ class LinearPredictor(MegatronModule):
 
 
 class BorrowedChannel:
-    """Which entries of a rank's queries (or keys) carry decisions: the last channel of some heads.
+    """The last channel of the first query head of each group (or of each key head), lent to decisions.
 
-    With a decision per head, that is the first query head of each group (or each key head); with one per
-    layer, query head 0 (key head 0) of the whole layer, which tensor-parallel rank 0 holds.
+    With one decision per layer all of them are lent as well, though only the first is read: so does NVIDIA's
+    released code, and no rank differs from another.
     """
 
-    def __init__(self, dms: DMSConfig, query_heads: int, groups: int, tp_rank: int) -> None:
+    def __init__(self, predictor: str, query_heads: int, groups: int) -> None:
         """query_heads, groups: H and G of this rank."""
-        stride = query_heads // groups if dms.predictor == "query_channel" else 1
-        if dms.granularity == "head":
-            self.heads = [group * stride for group in range(groups)]
-        else:
-            self.heads = [0] if tp_rank == 0 else []
-        self._read_stride = stride
+        self.stride = query_heads // groups if predictor == "query_channel" else 1
 
     def read(self, x: Tensor) -> Tensor:
-        """The raw values: x [T, B, heads, D] -> [T, B, G]. On a rank that carries none: to be overruled."""
-        return x[:, :, :: self._read_stride, -1]
+        """The raw values: x [T, B, heads, D] -> [T, B, G]."""
+        return x[:, :, :: self.stride, -1]
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
         """x [T, B, heads, D] with the borrowed entries multiplied by `factor`."""
-        if not self.heads:
-            return x
         mask = torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
-        mask[self.heads, -1] = factor
+        mask[:: self.stride, -1] = factor
         return x * mask
 
 

@@ -19,8 +19,8 @@ def dms_attention(
     Args:
         q: [B, H, T, D].
         k, v: [B, G, T, D].
-        log_keep: [B, G, T] = log(1 - alpha), already shifted by the lag; -inf where a pair is evicted for good.
-        window: >= 0, in tokens.
+        log_keep: [B, G, T] = log(1 - alpha), already shifted by the lag; -inf where a pair is evicted for
+        good. window: >= 0, in tokens.
         scale: factor on q . k; default D ** -0.5.
 
     Returns:

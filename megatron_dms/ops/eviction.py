@@ -1,6 +1,7 @@
 """From eviction logits to soft and hard decisions (DMS paper, section 3; arXiv 2506.05345).
 
-Shapes: B samples, G KV heads, T tokens. alpha = 1 means "evict this key-value pair once it leaves the window".
+Shapes: B samples, G KV heads, T tokens. alpha = 1 means "evict this key-value pair once it leaves the
+window".
 """
 
 from typing import NamedTuple

@@ -26,7 +26,7 @@ def kl_teacher_student(student: Tensor, teacher: Tensor, group: dist.ProcessGrou
 
 
 def kl_student_teacher(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """KL(student || teacher) = sum_v p_s (log p_s - log p_t) per token; arguments as in kl_teacher_student."""
+    """KL(student || teacher) = sum_v p_s (log p_s - log p_t) per token; see kl_teacher_student."""
     return _VocabParallelKL.apply(student, teacher.detach(), group, False)
 
 
@@ -60,7 +60,11 @@ class _VocabParallelKL(Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None, teacher_first: bool
+        ctx: FunctionCtx,
+        student: Tensor,
+        teacher: Tensor,
+        group: dist.ProcessGroup | None,
+        teacher_first: bool,
     ) -> Tensor:
         log_s, log_t = _log_probabilities(student, group), _log_probabilities(teacher, group)
         weight, ratio = (log_t, log_t - log_s) if teacher_first else (log_s, log_s - log_t)

@@ -13,7 +13,7 @@ class CompressionSchedule:
     steps_per_cr: float
     """Retrofit steps for each unit of CR, > 0."""
     anneal: str = "cr"
-    """'cr': CR grows linearly; 'fraction': the evicted fraction grows linearly to 1 - 1/final_cr in as many steps."""
+    """'cr': CR grows linearly; 'fraction': the evicted fraction grows linearly, in as many steps."""
 
     @property
     def steps(self) -> float:
@@ -34,7 +34,7 @@ class CompressionSchedule:
         return 1 - 1 / self.target_cr(step)
 
     def step_of(self, cr: float) -> int:
-        """The first step at which at least `cr` is asked for. A checkpoint taken after it is the CR-`cr` model."""
+        """The first step at which at least `cr` is asked for. A checkpoint taken then is the model of it."""
         if not 1 <= cr <= self.final_cr:
             raise ValueError(f"CR {cr} is never asked for: the schedule runs from 1 to {self.final_cr}")
         if self.anneal == "fraction":

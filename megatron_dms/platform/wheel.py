@@ -6,8 +6,8 @@ import importlib.util
 def skip_helper_compilation() -> None:
     """Spare Megatron the compilation of its dataset helpers where they are compiled already.
 
-    `initialize_megatron` runs `make` in the package whatever it holds; the wheel has the compiled helper but no
-    Makefile, so that Megatron would exit.
+    `initialize_megatron` runs `make` in the package whatever it holds; the wheel has the compiled helper but
+    no Makefile, so that Megatron would exit.
     """
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         import megatron.core.datasets.utils as datasets_utils

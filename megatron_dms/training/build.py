@@ -69,7 +69,9 @@ def teacher_args(folder: str | Path) -> Namespace:
     if (folder / "config.json").is_file():
         return Namespace(**megatron_args(json.loads((folder / "config.json").read_text())))
     if not folder.is_dir():
-        raise CheckpointError(f"--dms-teacher {folder} does not exist; give a HF folder or a Megatron checkpoint")
+        raise CheckpointError(
+            f"--dms-teacher {folder} does not exist; give a HF folder or a Megatron checkpoint"
+        )
     return checkpoint_args(folder)
 
 
@@ -96,7 +98,7 @@ def _build_dense(args: Namespace, student: GPTModel) -> GPTModel:
 
 
 def _megatron_folder(teacher: str, args: Namespace) -> Path:
-    """The teacher as a Megatron checkpoint; a HF folder is imported once, beside the run's own checkpoints."""
+    """The teacher as a Megatron checkpoint; a HF folder is imported once, to <--save>/teacher."""
     folder = Path(teacher)
     if not (folder / "config.json").is_file():
         return folder

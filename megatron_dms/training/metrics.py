@@ -4,6 +4,7 @@ A scalar is reported as a pair (numerator, denominator): Megatron adds the pairs
 data-parallel ranks and divides once, so that every layout logs the number of one process.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.ledger import CompressionAccount
 from megatron_dms.ops.losses import compression_loss
 
@@ -19,6 +21,14 @@ TARGET_CR, SOFT_CR, HARD_CR = "target CR", "achieved CR (soft)", "achieved CR (h
 LAYER_EXTREMES = ("CR of the least compressed layer", "CR of the most compressed layer")
 COMPRESSION_RATIOS = (TARGET_CR, SOFT_CR, HARD_CR, *LAYER_EXTREMES)
 """What is 1 until something is evicted."""
+
+
+def schedule_text(dms: DMSConfig) -> str:
+    """Which training step reaches which compression ratio, for the log."""
+    ratios = [*range(1, math.ceil(dms.final_cr)), dms.final_cr]
+    steps = ", ".join(f"CR {cr:g} at step {dms.zeroing_steps + dms.schedule.step_of(cr)}" for cr in ratios)
+    fading = f"borrowed channel fades out in steps 0 to {dms.zeroing_steps}; " if dms.zeroing_steps else ""
+    return f" DMS schedule: {fading}{steps} (a checkpoint saved then is the model of that ratio)"
 
 
 def pair(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
@@ -54,7 +64,7 @@ class LayerMeter:
         self._tokens = self._tokens + account.tokens.sum()
 
     def kept_fraction(self, dp_group: dist.ProcessGroup) -> Tensor | None:
-        """[L, G] kept fraction of all that was added, on every rank of the group; starts anew. None if empty."""
+        """[L, G] kept fraction of all that was added, the same on every rank; starts anew. None if empty."""
         if not isinstance(self._evicted, Tensor):
             return None
         totals = torch.cat([self._evicted.flatten(), self._tokens.reshape(1)])
@@ -73,7 +83,7 @@ def layer_extremes(kept: Tensor) -> tuple[tuple[int, float], tuple[int, float]]:
 
 
 def draw_kept_fraction(kept: Tensor, title: str, path: Path) -> Any:
-    """Heat map of the kept fraction, layers down, KV heads across; saved as PNG. kept: [L, G] -> the figure."""
+    """Heat map of the kept fraction [L, G], layers down, KV heads across; saved as PNG -> the figure."""
     from matplotlib.figure import Figure
 
     layers, groups = kept.shape

@@ -7,7 +7,7 @@ architecture, the data, the teacher. Each error is one line, before any process 
 import argparse
 import difflib
 import shutil
-import sys
+import traceback
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -27,7 +27,10 @@ _UNSUPPORTED = {
     "attention_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
     "hidden_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
     "mtp_num_layers": (None, "multi-token prediction is not supported"),
-    "calculate_per_token_loss": (False, "the forward step normalises by the tokens of the global batch itself"),
+    "calculate_per_token_loss": (
+        False,
+        "the forward step normalises by the tokens of the global batch itself",
+    ),
     "rerun_mode": ("disabled", "the forward step reads a whole step's microbatches at once"),
     "use_torch_fsdp2": (False, "it wraps the model in another way"),
     "use_megatron_fsdp": (False, "it wraps the model in another way"),
@@ -71,8 +74,8 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
 
     Returns:
         The arguments, and the checkpoint whose weights a new retrofit starts from. That one is ours to load:
-        Megatron's loading insists on every tensor of the model, and a base model has no linear predictor. None
-        if Megatron resumes a retrofit from --load.
+        Megatron's loading insists on every tensor of the model, and a base model has no linear predictor.
+        None if Megatron resumes a retrofit from --load.
 
     Raises:
         StartupError: see the module's docstring.
@@ -103,7 +106,8 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
     try:
         validate_args(args, {})
     except AssertionError as error:
-        raise StartupError(f"Megatron refuses these flags: {error}") from error
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
+        raise StartupError(f"Megatron refuses these flags: {said}") from error
     set_global_variables(args)
     if args.rank == 0 and args.save:
         _carry_hf_files(folder, Path(args.save))
@@ -111,7 +115,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
 
 
 def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the DMS flags; make the checkpoint's architecture, this project's and the CPU's settings defaults."""
+    """Add the DMS flags; take defaults from the checkpoint's model, this project and the CPU platform."""
     import torch
 
     from megatron_dms.checkpoint import checkpoint_args, set_parser_defaults
@@ -119,9 +123,7 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     parser.error = _raise_startup_error
     add_dms_arguments(parser)
-    parser.set_defaults(
-        attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100
-    )
+    parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
     if getattr(torch.cuda, "_answered_by_megatron_dms", False):
         parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
     early, _ = parser.parse_known_args()
@@ -221,8 +223,8 @@ def _check_training(args: Namespace, dms: DMSConfig) -> None:
     if dms.train == "predictor" and dms.borrows_channel:
         if args.weight_decay:
             raise StartupError(
-                f"--weight-decay is {args.weight_decay}, expected 0 with --dms-train predictor and a borrowed "
-                "channel: decay would change the frozen rows of the QKV weight; add --weight-decay 0"
+                f"--weight-decay is {args.weight_decay}, expected 0 with --dms-train predictor and a "
+                "borrowed channel: decay would change the frozen rows of the QKV weight; add --weight-decay 0"
             )
         # Fused accumulation writes a weight's gradient past the hook that keeps frozen rows frozen.
         args.gradient_accumulation_fusion = False
@@ -245,7 +247,9 @@ def _check_teacher(args: Namespace, dms: DMSConfig) -> None:
             f"{args.vocab_size}; distillation needs a teacher of the same tokenizer"
         )
     if getattr(teacher, "dms", None):
-        raise StartupError(f"the teacher {dms.teacher} is a DMS model, expected a dense one; use its base model")
+        raise StartupError(
+            f"the teacher {dms.teacher} is a DMS model, expected a dense one; use its base model"
+        )
     if args.seq_length > teacher.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the teacher has {teacher.max_position_embeddings} "

@@ -16,7 +16,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_model_config, unwrap_model
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
+from megatron.training import (
+    get_args,
+    get_tensorboard_writer,
+    get_wandb_writer,
+    print_rank_0,
+    print_rank_last,
+)
 from torch import Tensor
 
 from megatron_dms.config import DMSConfig
@@ -31,6 +37,7 @@ from megatron_dms.training.metrics import (
     draw_kept_fraction,
     layer_extremes,
     pair,
+    schedule_text,
 )
 from megatron_dms.training.trainable import zero_borrowed_rows
 
@@ -47,11 +54,12 @@ class RetrofitStep:
         self._validation_meter = LayerMeter()
 
     def attach(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """A hook for Megatron's model builder: count the layers and create the account's process group.
+        """A hook for Megatron's model builder: count layers, make the account's group, log the schedule.
 
         Collective, so it cannot wait for the first forward pass: the pipeline's stages are not in step there.
         """
         self._shape = _model_shape(*models)
+        print_rank_0(schedule_text(self.dms))
         return models
 
     def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:

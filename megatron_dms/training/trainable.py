@@ -1,7 +1,7 @@
 """What is trained (--dms-train), and the zeroing of a borrowed channel's weights.
 
-linear_qkv interleaves its rows by KV head: for each of this rank's G groups its query heads, then its key, then
-its value, D rows each.
+linear_qkv interleaves its rows by KV head: for each of this rank's G groups its query heads, then its key,
+then its value, D rows each.
 """
 
 import torch
@@ -21,8 +21,7 @@ def freeze_all_but_predictor(model: GPTModel, dms: DMSConfig) -> None:
             attention.dms_predictor.requires_grad_(True)
         else:
             for parameter, rows in borrowed_rows(attention, dms):
-                if len(rows):
-                    _train_rows_only(parameter, rows)
+                _train_rows_only(parameter, rows)
     if model.pre_process:
         # Reentrant checkpointing (full recompute) builds no graph at all unless an input requires a gradient.
         model.embedding.register_forward_hook(lambda module, args, out: out.requires_grad_(out.is_leaf))
@@ -47,14 +46,9 @@ def borrowed_rows(attention: DMSSelfAttention, dms: DMSConfig) -> list[tuple[tor
     groups = attention.num_query_groups_per_partition
     queries_per_group = attention.num_attention_heads_per_partition // groups
     head_size = attention.hidden_size_per_attention_head
-    rows = []
-    for head in attention.core_attention.borrowed.heads:
-        if dms.predictor == "query_channel":
-            group, place = divmod(head, queries_per_group)
-        else:
-            group, place = head, queries_per_group  # the key follows the group's query heads
-        block = group * (queries_per_group + 2) + place
-        rows.append(block * head_size + head_size - 1)
+    block = queries_per_group + 2  # heads of one group in the interleaved rows
+    place = 0 if dms.predictor == "query_channel" else queries_per_group  # the key follows the query heads
+    rows = [(group * block + place + 1) * head_size - 1 for group in range(groups)]
     found = [attention.linear_qkv.weight]
     if getattr(attention.linear_qkv, "bias", None) is not None and attention.linear_qkv.bias.numel():
         found.append(attention.linear_qkv.bias)

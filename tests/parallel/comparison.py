@@ -20,9 +20,11 @@ def assert_same_curves(
     found: dict[str, list[float]], expected: dict[str, list[float]], steps: Iterable[int], tolerance: float
 ) -> None:
     """Each compared scalar agrees at each step (from 0). tolerance: relative; 0 means bit for bit."""
+    steps = list(steps)
     for name in COMPARED:
-        assert len(found[name]) >= len(list(steps)), f"{name} was logged {len(found[name])} times"
-        for step, (a, b) in enumerate(zip(found[name][-len(list(steps)) :], [expected[name][s] for s in steps])):
+        assert len(found[name]) >= len(steps), f"{name} was logged {len(found[name])} times"
+        for step, a in zip(steps, found[name][-len(steps) :], strict=True):
+            b = expected[name][step]
             assert math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance * 1e-2), (
                 f"{name} at step {step}: {a} found, {b} expected"
             )

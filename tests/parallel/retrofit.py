@@ -22,7 +22,8 @@ TIMEOUT = 240  # seconds for one run; a run takes about 20 on an idle machine
 # went wrong must be able to fail. Eviction starts at once and the target is above it, so the clamp is active.
 FLAGS = (
     f"--seq-length {SEQUENCE} --train-iters {STEPS} --lr 3e-4 --lr-decay-style constant --adam-beta2 0.95 "
-    f"--clip-grad 1.0 --weight-decay 0 --eval-iters 0 --log-interval 1 --tensorboard-log-interval 1 --seed 4321 "
+    f"--clip-grad 1.0 --weight-decay 0 --eval-iters 0 --log-interval 1 --tensorboard-log-interval 1 "
+    "--seed 4321 "
     f"--dms-window {WINDOW} --dms-alpha-scale 2 --dms-alpha-offset 1 --dms-temperature 0.5 "
     "--dms-final-cr 4 --dms-steps-per-cr 1"
 ).split()

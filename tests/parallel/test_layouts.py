@@ -11,7 +11,14 @@ from retrofit import STEPS, Workspace
 
 Curves = dict[str, list[float]]
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
-FULL_RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+FULL_RECOMPUTE = (
+    "--recompute-granularity",
+    "full",
+    "--recompute-method",
+    "uniform",
+    "--recompute-num-layers",
+    "1",
+)
 
 LAYOUTS = {
     "tp2": (2, *TP),

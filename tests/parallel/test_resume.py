@@ -19,8 +19,12 @@ HALF = STEPS // 2
 def uninterrupted(workspace: Workspace) -> tuple[Path, dict[str, list[float]]]:
     """A run at TP 2 x PP 2 that saves in the middle and at its end."""
     folder = workspace.folder / "uninterrupted"
-    flags = ("--save", str(folder), "--save-interval", str(HALF))
-    return folder, workspace.run("uninterrupted", 4, *TP, *PP, *flags)
+    return folder, workspace.run("uninterrupted", 4, *TP, *PP, *saving(folder))
+
+
+def saving(folder: Path) -> tuple[str, ...]:
+    """The same flags for a new run and for its resumption."""
+    return ("--load", str(folder), "--save", str(folder), "--save-interval", str(HALF))
 
 
 def stopped_copy(folder: Path, copy: Path) -> Path:
@@ -38,7 +42,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     from a random state, and a retrofit that starts its schedule anew."""
     folder, curves = uninterrupted
     copy = stopped_copy(folder, workspace.folder / "resumed")
-    resumed = workspace.run("resumed", 4, *TP, *PP, "--load", str(copy), "--save", str(copy))
+    resumed = workspace.run("resumed", 4, *TP, *PP, *saving(copy))
     assert_same_curves(resumed, curves, range(HALF, STEPS), 0.0)
     whole, again = (Reader(iteration_folder(run, STEPS)) for run in (folder, copy))
     assert whole.tensors.keys() == again.tensors.keys()
@@ -52,5 +56,5 @@ def test_resumed_in_another_layout_continues_the_curve(
     """TP 2 x PP 2 to one process. Catches weights or optimizer state that are saved by rank."""
     folder, curves = uninterrupted
     copy = stopped_copy(folder, workspace.folder / "elsewhere")
-    resumed = workspace.run("elsewhere", 1, "--load", str(copy), "--save", str(copy))
+    resumed = workspace.run("elsewhere", 1, *saving(copy))
     assert_same_curves(resumed, curves, range(HALF, STEPS), TOLERANCE)

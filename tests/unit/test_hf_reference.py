@@ -137,7 +137,7 @@ def reference(model, ids_T: Tensor) -> Reference:
         decision = (z > 0).tolist()
         decisions.append(decision)
 
-        lenders = range(KV_HEADS) if config.dms_alpha_per == "head" else range(1)
+        lenders = range(KV_HEADS)  # also where only the first one's decision is used
         q_lent = [g * group for g in lenders] if config.dms_predictor == "query_channel" else []
         k_lent = list(lenders) if config.dms_predictor == "key_channel" else []
         for heads, lent in ((q, q_lent), (k, k_lent)):
