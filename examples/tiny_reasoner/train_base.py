@@ -4,7 +4,8 @@ Fresh problems at every step; each batch holds one document per row from positio
 with the loss on the assistant's tokens. Programs grow from a few lines to full length over the first part of
 the run: on short ones the model finds out how to look values up, which it then only has to stretch.
 
-Run: python examples/tiny_reasoner/train_base.py --out examples/tiny_reasoner/base
+Run: python examples/tiny_reasoner/train_base.py --out out/base
+The commands that made the committed model are in base/README.md.
 """
 
 import argparse

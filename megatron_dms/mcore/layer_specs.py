@@ -51,9 +51,12 @@ def _dense_layer_spec(config: Any) -> ModuleSpec:
 
 
 def _block(layer: ModuleSpec, config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as final_norm
-    else:
-        final_norm = RMSNorm
+    final_norm = _te_norm() if config.transformer_impl == "transformer_engine" else RMSNorm
     layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)
+
+
+def _te_norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm  # only where it is installed
+
+    return TENorm

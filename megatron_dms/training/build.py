@@ -1,7 +1,7 @@
 """Building student and teacher: what happens to the model between its layer specs and Megatron's DDP."""
 
 import copy
-import json
+import hashlib
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from megatron_dms.checkpoint import (
     CheckpointError,
     checkpoint_args,
     import_hf,
-    megatron_args,
     set_model_args,
     set_rope,
 )
+from megatron_dms.checkpoint.families import read_model
+from megatron_dms.checkpoint.hf_folder import HFFolder
 from megatron_dms.checkpoint.megatron_folder import iteration_folder
 from megatron_dms.checkpoint.training_args import ARCHITECTURE
 from megatron_dms.config import DMSConfig
@@ -53,26 +54,55 @@ def _prepare(models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Pat
         teacher = _build_dense(args, student)
         share_parameters(teacher, student)
     else:
-        folder = _megatron_folder(dms.teacher, args)
+        folder = imported_teacher(dms.teacher, args.save)
+        if dist.get_rank() == 0 and not folder.exists():
+            import_hf(dms.teacher, folder)
+        dist.barrier()
         teacher = _build_dense(_complete(args, teacher_args(folder)), student)
         load_weights(teacher, folder)
     return [distill(student, teacher, dms.kl, args.vocab_size)]
 
 
 def teacher_args(folder: str | Path) -> Namespace:
-    """Architecture of a teacher, from a HF folder or a Megatron checkpoint.
+    """Architecture of a teacher, from a HF folder or a Megatron checkpoint, its files checked.
 
     Raises:
         CheckpointError: neither of the two, or a damaged one.
     """
     folder = Path(folder)
-    if (folder / "config.json").is_file():
-        return Namespace(**megatron_args(json.loads((folder / "config.json").read_text())))
+    if _is_hf(folder):
+        model = read_model(HFFolder(folder).config)
+        return Namespace(**model.family.megatron_args(model), dms=model.dms)
     if not folder.is_dir():
         raise CheckpointError(
             f"--dms-teacher {folder} does not exist; give a HF folder or a Megatron checkpoint"
         )
     return checkpoint_args(folder)
+
+
+def imported_teacher(teacher: str | Path, save: str | Path | None) -> Path:
+    """Where a teacher's Megatron checkpoint is: itself, or for a HF folder the place of its import.
+
+    The place is named by the HF files' paths, sizes and times, so that another teacher never takes the place
+    of this one.
+
+    Raises:
+        CheckpointError: a HF folder, and nowhere to import it to.
+    """
+    folder = Path(teacher)
+    if not _is_hf(folder):
+        return folder
+    if not save:
+        raise CheckpointError(
+            f"--dms-teacher {folder} is a HF folder, to be imported to <--save>/teacher-...; give --save DIR"
+        )
+    files = sorted(folder.resolve().glob("*.safetensors*"))
+    marks = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return Path(save) / f"teacher-{hashlib.sha256(repr(marks).encode()).hexdigest()[:12]}"
+
+
+def _is_hf(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _complete(args: Namespace, teacher: Namespace) -> Namespace:
@@ -95,20 +125,6 @@ def _build_dense(args: Namespace, student: GPTModel) -> GPTModel:
     )
     set_rope(teacher, args.rope_parameters)
     return teacher
-
-
-def _megatron_folder(teacher: str, args: Namespace) -> Path:
-    """The teacher as a Megatron checkpoint; a HF folder is imported once, to <--save>/teacher."""
-    folder = Path(teacher)
-    if not (folder / "config.json").is_file():
-        return folder
-    if not args.save:
-        raise CheckpointError("a HF folder as teacher is imported to <--save>/teacher; give --save DIR")
-    imported = Path(args.save) / "teacher"
-    if dist.get_rank() == 0 and not imported.exists():
-        import_hf(folder, imported)
-    dist.barrier()
-    return imported
 
 
 def load_weights(model: GPTModel, folder: Path) -> None:

@@ -231,7 +231,7 @@ def _check_training(args: Namespace, dms: DMSConfig) -> None:
 
 
 def _check_teacher(args: Namespace, dms: DMSConfig) -> None:
-    from megatron_dms.training.build import teacher_args
+    from megatron_dms.training.build import imported_teacher, teacher_args
 
     if dms.teacher is None:
         raise StartupError(
@@ -241,6 +241,7 @@ def _check_teacher(args: Namespace, dms: DMSConfig) -> None:
     if dms.teacher == "self":
         return
     teacher: Any = teacher_args(dms.teacher)
+    imported_teacher(dms.teacher, args.save)
     if teacher.vocab_size != args.vocab_size:
         raise StartupError(
             f"the teacher {dms.teacher} has a vocabulary of {teacher.vocab_size}, the student has "

@@ -1,4 +1,4 @@
-"""The whole demo, shortened: import, retrofit at TP 2 x PP 2, export of two ratios, generation, comparison."""
+"""The whole demo, shortened: import, retrofit at TP 2 x PP 2, two exports, generation, comparison."""
 
 import json
 import subprocess
