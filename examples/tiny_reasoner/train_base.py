@@ -1,7 +1,7 @@
 """Train the tiny reasoner's base model, a Qwen3 of under a million parameters, on two CPU cores.
 
 Fresh problems at every step; each batch holds one document per row from position 0, padded on the right,
-with the loss on the assistant's tokens. Programs grow from a few lines to full length over the first part of
+with the loss on the assistant's tokens or on all. Programs grow from a few lines to full length over the first part of
 the run: on short ones the model finds out how to look values up, which it then only has to stretch.
 
 Run: python examples/tiny_reasoner/train_base.py --out out/base
@@ -73,12 +73,16 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * (FINAL_LR_SHARE + (1.0 - FINAL_LR_SHARE) * cosine)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, problem: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """(token ids, labels) of one problem; labels of all but the assistant's tokens are ignored."""
+def encode(
+    tokenizer: PreTrainedTokenizerBase, problem: dict[str, Any], prompt_too: bool = False
+) -> tuple[list[int], list[int]]:
+    """(token ids, labels) of one problem; labels of the prompt are ignored unless `prompt_too`."""
     messages = problem["messages"]
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer(whole)["input_ids"]
+    if prompt_too:
+        return ids, ids
     said_from = len(tokenizer(prompt)["input_ids"])
     return ids, [IGNORED] * said_from + ids[said_from:]
 
@@ -95,7 +99,7 @@ def batches(
         rows: list[tuple[list[int], list[int]]] = []
         longest = 0
         while (len(rows) + 1) * longest <= args.tokens:
-            rows.append(encode(tokenizer, next(problems)))
+            rows.append(encode(tokenizer, next(problems), args.loss == "all"))
             longest = max(longest, len(rows[-1][0]))
         ids = torch.full((len(rows), longest), tokenizer.pad_token_id)
         labels = torch.full((len(rows), longest), IGNORED)
@@ -202,6 +206,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--growing-steps", type=int, default=1500, help="steps of growing length; 0 = none")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="AdamW's weight decay")
+    parser.add_argument(
+        "--loss", choices=("assistant", "all"), default="assistant", help="tokens that the loss is taken on"
+    )
     parser.add_argument(
         "--compute",
         choices=("float32", "bfloat16"),

@@ -42,7 +42,9 @@ def dms_attention(
 
     position = torch.arange(T, device=q.device)
     age = position[:, None] - position[None, :]  # i - j, [T, T]
-    bias = torch.where(age > window, log_keep.to(work)[:, :, None, :], 0.0)  # [B, G, T, T]
-    scores = (scores + bias[:, :, None]).masked_fill(age < 0, float("-inf"))
+    bias = torch.where(age > window, log_keep.to(work)[:, :, None, :], 0.0).masked_fill(
+        age < 0, float("-inf")
+    )
+    scores = scores + bias[:, :, None]  # bias: [B, G, T, T]
     out = torch.einsum("bghij,bgjd->bghid", scores.softmax(dim=-1), v.to(work))
     return out.reshape(B, H, T, v.shape[-1]).to(q.dtype)

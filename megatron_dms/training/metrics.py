@@ -31,11 +31,10 @@ def schedule_text(dms: DMSConfig) -> str:
     return f" DMS schedule: {fading}{steps} (a checkpoint saved then is the model of that ratio)"
 
 
-def pair(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
-    """A reported scalar, [2] fp32."""
-    return torch.stack(
-        [torch.as_tensor(x, dtype=torch.float32).detach().cpu() for x in (numerator, denominator)]
-    )
+def pair(numerator: Tensor, denominator: Tensor | float) -> Tensor:
+    """A reported scalar, [2] fp32 on the numerator's device: nothing waits for the device here."""
+    numerator = numerator.detach().float()
+    return torch.stack([numerator, torch.as_tensor(denominator, device=numerator.device).detach().float()])
 
 
 def compression_reports(account: CompressionAccount, target_cr: float) -> dict[str, Tensor]:
@@ -45,7 +44,7 @@ def compression_reports(account: CompressionAccount, target_cr: float) -> dict[s
     hard, soft = account.mean_alpha(hard=True), account.mean_alpha(hard=False)
     return {
         COMPRESSION_LOSS: pair(samples * compression_loss(hard, account.target), samples),
-        TARGET_CR: pair(samples * target_cr, samples),
+        TARGET_CR: pair(torch.full_like(entries[0], samples * target_cr), samples),
         SOFT_CR: pair(entries.sum(), (entries * (1 - soft)).sum()),
         HARD_CR: pair(entries.sum(), (entries * (1 - hard)).sum()),
     }

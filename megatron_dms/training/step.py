@@ -49,7 +49,7 @@ class RetrofitStep:
         self.dms = dms
         self._shape: ModelShape | None = None  # set by attach()
         self._microbatches: deque[dict[str, Tensor]] = deque()
-        self._target_tokens = 0.0  # of the global batch under way
+        self._target_tokens: Tensor | None = None  # of the global batch under way
         self._meter = LayerMeter()  # of the training step under way
         self._validation_meter = LayerMeter()
 
@@ -82,7 +82,7 @@ class RetrofitStep:
         batches = [_on_device(next(data_iterator)) for _ in range(get_num_microbatches())]
         tokens = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
         dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        self._target_tokens = float(tokens.clamp(min=1))
+        self._target_tokens = tokens.clamp(min=1)
         self._microbatches.extend(batches)
         if self.dms.zeroing_steps and get_args().curr_iteration == self.dms.zeroing_steps:
             zero_borrowed_rows(model, self.dms)
@@ -123,7 +123,8 @@ class RetrofitStep:
         per_token = parts / self._target_tokens if training else 1 / mask.sum().clamp(min=1)
         total = kl_sum.detach() * per_token
         if microbatch.account is None:
-            reports |= dict.fromkeys(COMPRESSION_RATIOS, pair(1, 1)) | {COMPRESSION_LOSS: pair(0, 1)}
+            one = torch.ones_like(kl_sum)
+            reports |= dict.fromkeys(COMPRESSION_RATIOS, pair(one, 1)) | {COMPRESSION_LOSS: pair(0 * one, 1)}
         else:
             account = microbatch.account
             step = get_args().curr_iteration - self.dms.zeroing_steps
@@ -135,14 +136,13 @@ class RetrofitStep:
                 reports |= self._layer_reports()
         if not training:
             reports["LM loss"] = pair((output * mask).sum(), mask.sum())
-        weight = 1.0 if training else float(mask.sum())
-        reports = {"loss": pair(total * weight, weight)} | reports
-        return kl_sum * per_token, {name: value.to(mask.device) for name, value in reports.items()}
+        weight = 1.0 if training else mask.sum()
+        return kl_sum * per_token, {"loss": pair(total * weight, weight)} | reports
 
     def _layer_reports(self) -> dict[str, Tensor]:
         """The step's least and most compressed layer, known at its last microbatch."""
         if self._microbatches:
-            return {name: torch.zeros(2) for name in LAYER_EXTREMES}
+            return {name: torch.zeros_like(self._target_tokens).expand(2) for name in LAYER_EXTREMES}
         kept = self._meter.kept_fraction(parallel_state.get_data_parallel_group())
         extremes = layer_extremes(kept)
         args = get_args()
@@ -153,7 +153,10 @@ class RetrofitStep:
                 f"most compressed layer {most} (CR {high:.2f})"
             )
         share = 1 / parallel_state.get_data_parallel_world_size()  # each rank reports the same
-        return {name: pair(cr * share, share) for name, (_, cr) in zip(LAYER_EXTREMES, extremes, strict=True)}
+        return {
+            name: pair(torch.full_like(self._target_tokens, cr * share), share)
+            for name, (_, cr) in zip(LAYER_EXTREMES, extremes, strict=True)
+        }
 
     def after_validation(self, model: list[torch.nn.Module]) -> None:
         """Megatron's `non_loss_data_func`: draw the heat map of kept pairs of the validation just done."""
