@@ -46,7 +46,7 @@ class Recipe:
     """Tokens; the demo's problems are about 250 tokens long."""
     batch: int = 16
     """Samples per step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 8e-4
 
     def step_of(self, cr: int) -> int:
         """The training step whose checkpoint is the CR-`cr` model."""
@@ -55,7 +55,7 @@ class Recipe:
 
 FULL = Recipe(zeroing_steps=60, steps_per_cr=60, train_problems=4000, heldout_problems=500)
 SHORT = Recipe(zeroing_steps=4, steps_per_cr=4, train_problems=64, heldout_problems=8)
-SEQUENCE = 320  # tokens; longer than any problem
+SEQUENCE = 288  # tokens; longer than any problem
 
 
 def run_demo(out: Path, recipe: Recipe) -> dict[str, object]:
@@ -119,7 +119,8 @@ def _retrofit(work: Path, data: Path, recipe: Recipe, log: Path) -> None:
         "--eval-iters": 2,
         "--valid-data-path": data,
         "--lr": recipe.learning_rate,
-        "--lr-decay-style": "constant",
+        "--min-lr": recipe.learning_rate / 10,
+        "--lr-decay-style": "linear",
         "--lr-warmup-iters": recipe.zeroing_steps // 4,
         "--adam-beta2": 0.95,
         "--weight-decay": 0,

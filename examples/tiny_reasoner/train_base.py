@@ -1,8 +1,8 @@
 """Train the tiny reasoner's base model, a Qwen3 of under a million parameters, on two CPU cores.
 
 Fresh problems at every step; each batch holds one document per row from position 0, padded on the right,
-with the loss on the assistant's tokens or on all. Programs grow from a few lines to full length over the first part of
-the run: on short ones the model finds out how to look values up, which it then only has to stretch.
+with the loss on the assistant's tokens or on all. Programs grow from a few lines to full length over the
+first part of the run: on short ones the model finds out how to look values up, and then only stretches it.
 
 Run: python examples/tiny_reasoner/train_base.py --out out/base
 The commands that made the committed model are in base/README.md.

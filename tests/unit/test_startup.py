@@ -55,8 +55,8 @@ def test_other_flags_are_left_to_megatron() -> None:
     assert check_dms_flags(words.split()).window == 9
 
 
-# What pretrain_dms.py does up to parse_megatron_args, for many command lines in one process. All of them fail
-# before Megatron's global state is set; one that does not is reported as such.
+# What pretrain_dms.py does up to parse_megatron_args, for many command lines in one process. The last,
+# "good", has no mistake; what its model would be like is printed beside the messages.
 COLLECT = """
 import contextlib, io, json, sys
 from megatron_dms.platform import cpu
@@ -73,11 +73,22 @@ for name, words in json.load(open(sys.argv[1])).items():
         with contextlib.redirect_stderr(said):
             parse_megatron_args(check_dms_flags(words))
         found[name] = "nothing was wrong"
-        break
     except StartupError as error:
         found[name] = f"{error}{said.getvalue()}"
     except BaseException as error:
         found[name] = f"{type(error).__name__} (not a StartupError): {error}"
+    if name == "good":
+        from megatron.training import get_args
+        from megatron.training.argument_utils import gpt_config_from_args
+        model = gpt_config_from_args(get_args())
+        plain = (int, float, str, bool)
+        values = vars(model.transformer) | {"rotary_base": model.rotary_base, "vocab_size": model.vocab_size}
+        found["model"] = {key: value for key, value in values.items() if isinstance(value, plain)}
+    with contextlib.suppress(Exception):  # whatever an accepted command line has set
+        from megatron.core import num_microbatches_calculator
+        from megatron.training import global_vars
+        global_vars.destroy_global_vars()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
 print(json.dumps(found))
 """
 
@@ -121,6 +132,10 @@ class Folders:
         settings |= {"dms_separate_alpha": False, "dms_alpha_per": "head", "dms_tau": 0.1, "dms_cr": 8}
         copy_with_config(good.hf, root / "hf_dms", **settings)
         import_hf(root / "hf_dms", root / "dms")
+        for name, source in (("resumed", root / "dms"), ("resumed_dense", good.base)):
+            shutil.copytree(source, root / name)  # as if training had saved it
+            (root / name / "release").rename(root / name / "iter_0000005")
+            (root / name / TRACKER).write_text("5")
 
         for name in ("short", "garbage"):
             for file in root.glob("data*"):
@@ -170,6 +185,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "--seq-length 65",
         ("--seq-length is 65", f"{POSITIONS} positions", "use a shorter --seq-length"),
     ),
+    "no tokens": ("--seq-length -5", ("--seq-length is -5", "expected 1 or more")),
+    "TP 0": ("--tensor-model-parallel-size 0", ("--tensor-model-parallel-size is 0", "expected 1 or more")),
+    "PP below 1": (
+        "--pipeline-model-parallel-size -1",
+        ("--pipeline-model-parallel-size is -1", "1 or more"),
+    ),
     "TP that does not divide the heads": (
         "--tensor-model-parallel-size 3",
         ("--tensor-model-parallel-size is 3", f"num_attention_heads = {HEADS}", f"use a divisor of {HEADS}"),
@@ -210,6 +231,22 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "--num-layers 6",
         ("--num-layers is 6", f"the checkpoint has {LAYERS}", "leave the flag out"),
     ),
+    "another vocabulary than the checkpoint's": (
+        "--vocab-size 200",
+        ("--vocab-size is 200", f"the checkpoint has {VOCAB}", "leave the flag out"),
+    ),
+    "another epsilon than the checkpoint's": (
+        "--norm-epsilon 0.1",
+        ("norm-epsilon is 0.1", "the checkpoint has 1e-06", "leave the flag out"),
+    ),
+    "resuming with another window": (
+        "no--pretrained-checkpoint --load {root}/resumed --dms-window 256",
+        ("--dms-window is 256", "trained with 512", "use --dms-window 512"),
+    ),
+    "resuming what was never retrofitted": (
+        "no--pretrained-checkpoint --load {root}/resumed_dense",
+        ("{root}/resumed_dense was trained without DMS", "add --finetune"),
+    ),
     "a truncated .bin": ("--train-data-path {root}/short", ("{root}/short.bin", "bytes", "expected")),
     "a damaged .idx": (
         "--train-data-path {root}/garbage",
@@ -226,6 +263,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "--context-parallel-size 2",
         ("--context-parallel-size is 2", "expected 1", "not implemented yet"),
     ),
+    "a sliding window of Megatron's": ("--window-size 5,0", ("--window-size is (5, 0)", "expected None")),
+    "a layer spec of the user's": ("--spec some module", ("--spec is ['some', 'module']", "expected None")),
     "an unknown flag": ("--learning-rat 3", ("--learning-rat",)),
     "a flag without its value": ("--seed", ("argument --seed: expected one argument",)),
     "a value of the wrong type": ("--seed many", ("argument --seed: invalid int value: 'many'",)),
@@ -244,10 +283,15 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def messages(folders: Folders) -> dict[str, str]:
-    """What each case says."""
+def messages(folders: Folders) -> dict:
+    """What each case says, and the model of the good one."""
     cases = folders.root / "cases.json"
-    cases.write_text(json.dumps({name: folders.words(flags) for name, (flags, _) in CASES.items()}))
+    words = {name: folders.words(flags) for name, (flags, _) in CASES.items()}
+    good = folders.words("")
+    save = good.index("--save-interval")
+    cases.write_text(
+        json.dumps(words | {"good": good[:save] + good[save + 4 :]})
+    )  # it would copy files there
     command = [sys.executable, "-W", "ignore", "-c", COLLECT, str(cases)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(), cwd=folders.root, timeout=180, check=False
@@ -260,10 +304,31 @@ def messages(folders: Folders) -> dict[str, str]:
 def test_one_line_names_found_expected_and_fix(name: str, messages: dict[str, str], folders: Folders) -> None:
     """Catches: a check that is missing (the run goes on), that comes after the process group, or whose
     error is not one line with all it should say."""
-    message = messages.get(name, "not reached: an earlier case passed all checks")
+    message = messages[name]
     for part in CASES[name][1]:
         assert part.format(root=folders.root) in message, message
     assert "\n" not in message and "not a StartupError" not in message
+
+
+def test_the_model_is_the_checkpoints(messages: dict, folders: Folders) -> None:
+    """A command line without mistakes: what Megatron builds has every number of the HF config. Catches: an
+    argument that Megatron knows by another name, so that its own default is trained instead."""
+    assert messages["good"] == "nothing was wrong"
+    config = json.loads((folders.root / "hf" / "config.json").read_text())
+    theirs = {
+        **{"num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "kv_channels": "head_dim"},
+        **{"ffn_hidden_size": "intermediate_size", "num_attention_heads": "num_attention_heads"},
+        **{"num_query_groups": "num_key_value_heads", "layernorm_epsilon": "rms_norm_eps"},
+    }
+    expected = {ours: config[name] for ours, name in theirs.items()}
+    expected |= {"normalization": "RMSNorm", "qk_layernorm": True, "gated_linear_unit": True}
+    expected |= {
+        "add_qkv_bias": False,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    assert {name: messages["model"][name] for name in expected} == expected
 
 
 def test_nothing_is_left_behind(messages: dict[str, str], folders: Folders) -> None:
@@ -278,10 +343,11 @@ def test_nothing_is_left_behind(messages: dict[str, str], folders: Folders) -> N
         ("--tensor-model-parallel-size 3", "--tensor-model-parallel-size is 3, but the model has"),
     ],
 )
-def test_the_command_itself(flags: str, start: str, folders: Folders) -> None:
+def test_the_command_itself(flags: str, start: str, folders: Folders, tmp_path: Path) -> None:
     """The real entry script, before and after Megatron's import. Catches: a traceback, a second error line,
     exit status 0, a folder left behind."""
-    command = [sys.executable, str(ROOT / "pretrain_dms.py"), *folders.words(flags)]
+    words = folders.words(f"{flags} --save {tmp_path}/save")
+    command = [sys.executable, str(ROOT / "pretrain_dms.py"), *words]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment(), cwd=folders.root, timeout=120, check=False
     )
@@ -289,7 +355,7 @@ def test_the_command_itself(flags: str, start: str, folders: Folders) -> None:
     assert done.returncode == 2, done.stderr[-2000:]
     assert len(errors) == 1 and errors[0].startswith(f"pretrain_dms.py: error: {start}"), done.stderr[-2000:]
     assert "Traceback" not in done.stdout + done.stderr
-    assert not (folders.root / "save").exists()
+    assert not (tmp_path / "save").exists()
 
 
 def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
