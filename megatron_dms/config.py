@@ -4,6 +4,7 @@ The command-line flags (`arguments.py`), what a checkpoint stores and what an ex
 from this class. Section numbers are those of the DMS paper (arXiv 2506.05345).
 """
 
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -93,6 +94,8 @@ class DMSConfig:
             choices, value = item.metadata["choices"], getattr(self, item.name)
             if choices and value not in choices:
                 raise ValueError(f"{flag_of(item.name)} is {value!r}, expected one of {', '.join(choices)}")
+            if item.type is float:
+                self._require(math.isfinite(value), item.name, "a finite number")
         self._require(self.window >= 0, "window", ">= 0 tokens")
         self._require(
             0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}"
@@ -163,8 +166,10 @@ class DMSConfig:
             ValueError: names the field and both values.
         """
         for item in fields(self):
-            if item.name not in stored or item.name == "teacher" or not (resuming or item.metadata["model"]):
+            if item.name not in stored or not (resuming or item.metadata["model"]):
                 continue
+            if item.name == "teacher" and "self" not in (self.teacher, stored["teacher"]):
+                continue  # a folder may have moved
             if stored[item.name] != getattr(self, item.name):
                 fix = f"use {flag_of(item.name)} {stored[item.name]}"
                 if resuming and not item.metadata["model"]:

@@ -77,9 +77,9 @@ def run_demo(out: Path, recipe: Recipe) -> dict[str, object]:
         "--out",
         problems,
     )
-    _python(
-        ROOT / "tools/preprocess_data.py", "--input", problems, "--tokenizer", BASE, "--output-prefix", data
-    )
+    # All tokens are targets: the base model was trained on all, and prompts keep the fading phase gentle.
+    tokens = ("--tokenizer", BASE, "--output-prefix", data, "--loss-on", "all")
+    _python(ROOT / "tools/preprocess_data.py", "--input", problems, *tokens)
     _say("2/5 import into Megatron")
     _python(ROOT / "tools/convert.py", "import", "--hf", BASE, "--megatron", work / "base")
     _say(f"3/5 retrofit on {RANKS} ranks (TP 2 x PP 2), {recipe.step_of(8)} steps")
@@ -167,7 +167,7 @@ def _retrofit(work: Path, data: Path, recipe: Recipe, log: Path) -> None:
 
 def _progress(logged: re.Match[str], seconds: float) -> None:
     step, steps, kl, target, achieved = logged.groups()
-    ratio = f"CR {float(achieved):.2f} (target {float(target):.2f})" if achieved else "fading the channel out"
+    ratio = f"CR {float(achieved):.2f} (target {float(target):.2f})"
     left = seconds / int(step) * (int(steps) - int(step))
     print(f"\r  step {step}/{steps}  KL {float(kl):.4f}  {ratio}  {left:.0f} s left   ", end="", flush=True)
 

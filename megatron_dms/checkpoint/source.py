@@ -33,7 +33,13 @@ def _reached_cr(reader: Reader, args: Namespace) -> float | None:
     if hasattr(args, "dms_reached_cr") or not fields or "steps_per_cr" not in fields:
         return getattr(args, "dms_reached_cr", None)
     config = DMSConfig.from_dict(fields)
-    return config.schedule.target_cr(reader.common()["iteration"] - config.zeroing_steps)
+    steps = reader.common()["iteration"] - config.zeroing_steps
+    if config.zeroing_steps and steps <= 0:
+        raise CheckpointError(
+            f"{reader.folder} was saved within its zeroing phase of {config.zeroing_steps} steps: the "
+            "borrowed channel still takes part in attention; use a later one"
+        )
+    return config.schedule.target_cr(steps)
 
 
 @dataclass

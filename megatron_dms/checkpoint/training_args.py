@@ -21,10 +21,12 @@ from megatron_dms.checkpoint.megatron_folder import HF
 ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups "
     "kv_channels position_embedding_type rotary_base rotary_percent rope_parameters normalization "
-    "norm_epsilon qk_layernorm swiglu add_bias_linear add_qkv_bias vocab_size "
+    "layernorm_epsilon qk_layernorm swiglu add_bias_linear add_qkv_bias vocab_size "
     "untie_embeddings_and_output_weights"
 ).split()
 """Names in which a run, its checkpoint and its config.json must agree."""
+_FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
+"""Where Megatron's flag has another name than its argument."""
 _BESIDES = (
     "max_position_embeddings attention_dropout hidden_dropout apply_layernorm_1p rotary_interleaved "
     "squared_relu use_rope_scaling rope_scaling_factor"
@@ -76,7 +78,8 @@ def check_model_args(args: Namespace, checkpoint: Namespace) -> None:
     difference.
     """
     for name, found, wanted in differences(args, vars(checkpoint)):
+        flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
         raise CheckpointError(
-            f"--{name.replace('_', '-')} is {found!r}, but the checkpoint has {wanted!r}; "
+            f"{flag} is {found!r}, but the checkpoint has {wanted!r}; "
             "leave the flag out, it is set from the checkpoint"
         )

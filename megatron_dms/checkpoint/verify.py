@@ -144,7 +144,7 @@ def build_model(args: Namespace) -> "GPTModel":
         num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
         kv_channels=args.kv_channels,
         normalization=args.normalization,
-        layernorm_epsilon=args.norm_epsilon,
+        layernorm_epsilon=args.layernorm_epsilon,
         qk_layernorm=args.qk_layernorm,
         gated_linear_unit=args.swiglu,
         activation_func=torch.nn.functional.silu,

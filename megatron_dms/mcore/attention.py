@@ -41,6 +41,7 @@ class DMSSelfAttention(SelfAttention):
     ) -> None:
         super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
         self.dms = dms
+        self.borrowed = self.core_attention.borrowed
         if dms.predictor == "linear":
             self.dms_predictor = LinearPredictor(config, self.tp_group)
 
@@ -61,15 +62,11 @@ class DMSSelfAttention(SelfAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query [T, B, H, D], key [T, B, G, D] and value with the decision's raw value, [T, B, G, D + 1]."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, *args, **kwargs)
-        borrowed = self.core_attention.borrowed
         if self.dms.predictor == "linear":
             raw = self.dms_predictor(hidden_states)
-        elif self.dms.predictor == "query_channel":
-            raw = borrowed.read(query)
-            query = borrowed.scale(query, key_value_states.fade)
         else:
-            raw = borrowed.read(key)
-            key = borrowed.scale(key, key_value_states.fade)
+            raw = self.borrowed.read(query, key)
+            query, key = self.borrowed.fade(query, key, key_value_states.fade)
         if self.dms.granularity == "layer":
             raw = share_head_zero(raw, self.tp_group)
         return query, key, torch.cat([value, raw.unsqueeze(-1)], dim=-1)
@@ -116,11 +113,8 @@ class DMSCoreAttention(MegatronModule):
 
         `attention_mask` is not used: the mask is causal, padding is on the right, and the rest is DMS.
         """
-        # RoPE has mixed channel D/2 - 1 into the borrowed one, so it is scaled a second time.
-        if self.dms.predictor == "query_channel":
-            query = self.borrowed.scale(query, packed_seq_params.fade)
-        elif self.dms.predictor == "key_channel":
-            key = self.borrowed.scale(key, packed_seq_params.fade)
+        # RoPE has mixed channel D/2 - 1 into the borrowed one, so it is faded a second time.
+        query, key = self.borrowed.fade(query, key, packed_seq_params.fade)
         value, raw = value[..., :-1], value[..., -1]
         log_keep = self._log_keep(raw.permute(1, 2, 0), packed_seq_params)  # [B, G, T]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, D]

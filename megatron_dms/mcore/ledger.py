@@ -28,8 +28,9 @@ class ModelShape:
     local_layers: int
     """Layers of this pipeline stage."""
     ranks: dist.ProcessGroup | None
-    """The ranks that hold one copy of the model (TP x CP x PP), in a group of their own: sharing one with the
-    pipeline's sends could reorder messages. None for a single process."""
+    """The ranks that hold one copy of the model (TP x CP x PP), in a gloo group of their own; None for a
+    single process. Not NCCL: Megatron synchronises the whole device between a stage's forward and its send,
+    and an NCCL all-reduce that waits for the next stage's forward would then wait for ever."""
 
 
 @dataclass
@@ -47,7 +48,7 @@ class CompressionAccount:
     shape: ModelShape
     target: float
     tokens: Tensor
-    loss_weight: float
+    loss_weight: float | Tensor
     _reported: set[int] = field(default_factory=set)
     _sums: Tensor | None = None
     _pending: dist.Work | None = None
@@ -74,12 +75,14 @@ class CompressionAccount:
             self._sums[2 * B :].view(L, G)[layer, heads] += evicted.sum(dim=(0, 2))
         self._reported.add(layer)
         if len(self._reported) == self.shape.local_layers and self.shape.ranks is not None:
+            self._sums = self._sums.cpu()
             self._pending = dist.all_reduce(self._sums, group=self.shape.ranks, async_op=True)
 
     def _totals(self) -> Tensor:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
+            self._sums = self._sums.to(self.tokens.device)
         if self._sums is None or len(self._reported) != self.shape.local_layers:
             raise RuntimeError(
                 f"{len(self._reported)} of {self.shape.local_layers} layers of this stage have reported"

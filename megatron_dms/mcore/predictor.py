@@ -45,15 +45,24 @@ class BorrowedChannel:
     """
 
     def __init__(self, predictor: str, query_heads: int, groups: int) -> None:
-        """query_heads, groups: H and G of this rank."""
+        """predictor: of DMSConfig ("linear" borrows nothing); query_heads, groups: H and G of this rank."""
+        self.predictor = predictor
         self.stride = query_heads // groups if predictor == "query_channel" else 1
 
-    def read(self, x: Tensor) -> Tensor:
-        """The raw values: x [T, B, heads, D] -> [T, B, G]."""
-        return x[:, :, :: self.stride, -1]
+    def read(self, query: Tensor, key: Tensor) -> Tensor:
+        """The raw values, of query [T, B, H, D] or key [T, B, G, D]: -> [T, B, G]."""
+        lender = query if self.predictor == "query_channel" else key
+        return lender[:, :, :: self.stride, -1]
 
-    def scale(self, x: Tensor, factor: float) -> Tensor:
-        """x [T, B, heads, D] with the borrowed entries multiplied by `factor`."""
+    def fade(self, query: Tensor, key: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Query [T, B, H, D] and key [T, B, G, D] with the borrowed entries multiplied by `factor`."""
+        if self.predictor == "query_channel":
+            return self._scale(query, factor), key
+        if self.predictor == "key_channel":
+            return query, self._scale(key, factor)
+        return query, key
+
+    def _scale(self, x: Tensor, factor: float) -> Tensor:
         mask = torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
         mask[:: self.stride, -1] = factor
         return x * mask

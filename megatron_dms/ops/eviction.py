@@ -15,7 +15,7 @@ from torch import Tensor
 _GOLDEN_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_MANTISSA_BITS = 53
+_MANTISSA_BITS = 52  # one less than fp64 has: (bits + 1/2) / 2^52 is then exact, and never 0 or 1
 
 
 class Eviction(NamedTuple):

@@ -22,16 +22,10 @@ from torch.overrides import TorchFunctionMode
 _CPU = torch.device("cpu")
 _PRETENDED_MEMORY = 1 << 34  # bytes; Megatron only prints it and divides by it
 
-# What Megatron's flags must say on CPU: gloo, no fused CUDA kernels, Megatron's own modules.
+# What Megatron's flags must say on CPU: gloo, no fused CUDA kernels.
 ARGUMENT_DEFAULTS: dict[str, Any] = {
     "distributed_backend": "gloo",
-    "transformer_impl": "local",
     "use_cpu_initialization": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "persist_layer_norm": False,
-    "no_persist_layer_norm": True,
-    "apply_rope_fusion": False,
     "bias_dropout_fusion": False,
     "bias_swiglu_fusion": False,
     "bias_gelu_fusion": False,
@@ -41,6 +35,11 @@ ARGUMENT_DEFAULTS: dict[str, Any] = {
 }
 
 
+def installed() -> bool:
+    """Whether this process runs Megatron on the CPU."""
+    return getattr(torch.cuda, "_answered_by_megatron_dms", False)
+
+
 def install() -> None:
     """Answer for torch.cuda on a machine that has no CUDA device; a second call does nothing.
 
@@ -48,7 +47,7 @@ def install() -> None:
         RuntimeError: there is a CUDA device, or megatron was imported already (it binds torch.cuda's
             functions on import).
     """
-    if getattr(torch.cuda, "_answered_by_megatron_dms", False):
+    if installed():
         return
     if torch.cuda.is_available():
         raise RuntimeError("this machine has a CUDA device: the CPU platform must not be installed on it")

@@ -2,6 +2,15 @@
 
 import importlib.util
 
+# Megatron's defaults ask for Transformer Engine and its fused kernels; these run without it.
+LOCAL_DEFAULTS = {
+    "transformer_impl": "local",
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "persist_layer_norm": False,
+    "no_persist_layer_norm": True,
+}
+
 
 def skip_helper_compilation() -> None:
     """Spare Megatron the compilation of its dataset helpers where they are compiled already.

@@ -47,7 +47,7 @@ def _prepare(models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Pat
     (student,) = models
     set_rope(student, args.rope_parameters)
     if start is not None:
-        load_weights(student, start)
+        load_weights(student, start, args.ckpt_step)
     if dms.train == "predictor":
         freeze_all_but_predictor(student, dms)
     if dms.teacher == "self":
@@ -127,22 +127,22 @@ def _build_dense(args: Namespace, student: GPTModel) -> GPTModel:
     return teacher
 
 
-def load_weights(model: GPTModel, folder: Path) -> None:
-    """Load a model's weights, and nothing else, from the latest iteration of a torch_dist checkpoint.
+def load_weights(model: GPTModel, folder: Path, iteration: int | None = None) -> None:
+    """Load a model's weights, and nothing else, from one iteration (the latest) of a torch_dist checkpoint.
 
     A new predictor, which the checkpoint does not hold, stays as it was initialised.
 
     Raises:
         KeyError: any other tensor is missing.
     """
-    held = (getattr(checkpoint_args(folder), "dms", None) or {}).get("predictor")
+    held = (getattr(checkpoint_args(folder, iteration), "dms", None) or {}).get("predictor")
     metadata = {"dp_cp_group": ProcessGroupCollection.use_mpu_process_groups().dp_cp}
     wanted = model.sharded_state_dict(metadata=metadata)
     fresh = {name for name in wanted if ".dms_predictor." in name and held != "linear"}
     for name in fresh:
         del wanted[name]
     # Nested, because what the file holds in common (its arguments) is added beside it.
-    loaded = dist_checkpointing.load({"model": wanted}, str(iteration_folder(folder)))["model"]
+    loaded = dist_checkpointing.load({"model": wanted}, str(iteration_folder(folder, iteration)))["model"]
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     wrong = [name for name in (*missing, *unexpected) if name not in fresh and "_extra_state" not in name]
     if wrong:

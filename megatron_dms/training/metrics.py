@@ -16,7 +16,7 @@ from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.ledger import CompressionAccount
 from megatron_dms.ops.losses import compression_loss
 
-COMPRESSION_LOSS = "compression loss"
+KL, COMPRESSION_LOSS = "KL", "compression loss"
 TARGET_CR, SOFT_CR, HARD_CR = "target CR", "achieved CR (soft)", "achieved CR (hard)"
 LAYER_EXTREMES = ("CR of the least compressed layer", "CR of the most compressed layer")
 COMPRESSION_RATIOS = (TARGET_CR, SOFT_CR, HARD_CR, *LAYER_EXTREMES)
@@ -69,7 +69,7 @@ class LayerMeter:
         totals = torch.cat([self._evicted.flatten(), self._tokens.reshape(1)])
         dist.all_reduce(totals, group=dp_group)
         kept = 1 - totals[:-1].view_as(self._evicted) / totals[-1]
-        self.__init__()
+        self._evicted = self._tokens = 0.0
         return kept
 
 

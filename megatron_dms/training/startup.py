@@ -7,9 +7,11 @@ architecture, the data, the teacher. Each error is one line, before any process 
 import argparse
 import difflib
 import shutil
+import sys
 import traceback
 from argparse import Namespace
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +36,10 @@ _UNSUPPORTED = {
     "rerun_mode": ("disabled", "the forward step reads a whole step's microbatches at once"),
     "use_torch_fsdp2": (False, "it wraps the model in another way"),
     "use_megatron_fsdp": (False, "it wraps the model in another way"),
+    "window_size": (None, "DMS attention has a window of its own, --dms-window"),
+    "yaml_cfg": (None, "flags and the checkpoint say what the model is"),
+    "use_checkpoint_args": (False, "the architecture always comes from the checkpoint"),
+    "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
     "fused_single_qkv_rope": (False, "the borrowed channel is read before RoPE"),
 }
 
@@ -83,18 +89,22 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_dms.checkpoint import CheckpointError, checkpoint_args
+    from megatron_dms.checkpoint import CheckpointError
+    from megatron_dms.checkpoint.megatron_folder import open_checkpoint
     from megatron_dms.training.data_arguments import validate_data_args
     from megatron_dms.training.token_files import DataError
 
     try:
         args = parse_args(_prepare_parser)
         folder, continues = starting_point(args)
-        stored = checkpoint_args(folder)
+        reader, stored = open_checkpoint(folder, args.ckpt_step)
         _check_supported(args)
+        _check_positive(args)
         _check_checkpoint(args, dms, stored, folder, continues)
+        if not continues:
+            _check_start(dms, getattr(stored, "dms", None), folder, reader.common()["iteration"])
         validate_data_args(args)
-        _check_layout(args)
+        _check_layout(args, args)
         _check_training(args, dms)
         _check_teacher(args, dms)
     except (CheckpointError, DataError) as error:
@@ -105,30 +115,35 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
         args.load = None if args.load and Path(args.load) == folder else args.load
     try:
         validate_args(args, {})
-    except AssertionError as error:
+        set_global_variables(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
         raise StartupError(f"Megatron refuses these flags: {said}") from error
-    set_global_variables(args)
-    if args.rank == 0 and args.save:
-        _carry_hf_files(folder, Path(args.save))
+    if args.rank == 0:
+        _warn_if_not_zeroed(dms, stored, folder)
+        if args.save:
+            _carry_hf_files(folder, Path(args.save))
     return args, None if continues else folder
 
 
 def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the DMS flags; take defaults from the checkpoint's model, this project and the CPU platform."""
-    import torch
-
     from megatron_dms.checkpoint import checkpoint_args, set_parser_defaults
     from megatron_dms.platform import cpu
+    from megatron_dms.platform.wheel import LOCAL_DEFAULTS
 
     parser.error = _raise_startup_error
     add_dms_arguments(parser)
     parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
-    if getattr(torch.cuda, "_answered_by_megatron_dms", False):
+    if find_spec("transformer_engine") is None:
+        parser.set_defaults(**LOCAL_DEFAULTS)
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex
+        parser.set_defaults(gradient_accumulation_fusion=False)
+    if cpu.installed():
         parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
     early, _ = parser.parse_known_args()
     folder, _ = starting_point(early)
-    set_parser_defaults(parser, checkpoint_args(folder), folder)
+    set_parser_defaults(parser, checkpoint_args(folder, early.ckpt_step), folder)
     return parser
 
 
@@ -143,6 +158,13 @@ def _check_supported(args: Namespace) -> None:
             raise StartupError(
                 f"--{name.replace('_', '-')} is {found}, expected {expected} with DMS: {reason}"
             )
+
+
+def _check_positive(args: Namespace) -> None:
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "seq_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise StartupError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
 
 
 def starting_point(args: Namespace) -> tuple[Path, bool]:
@@ -171,8 +193,8 @@ def _check_checkpoint(
     """Compare flags with the checkpoint's model and DMS settings."""
     from megatron_dms.checkpoint import check_model_args, set_model_args
 
-    set_model_args(args, stored)
     check_model_args(args, stored)
+    set_model_args(args, stored)
     if args.seq_length is None or args.seq_length > args.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the model has {args.max_position_embeddings} positions "
@@ -187,6 +209,27 @@ def _check_checkpoint(
         raise StartupError(f"{folder} was trained without DMS; add --finetune to start a retrofit from it")
 
 
+def _check_start(dms: DMSConfig, stored: dict[str, Any] | None, folder: Path, iteration: int) -> None:
+    """What a new retrofit's borrowed channel is when it starts; stored: the checkpoint's DMS settings."""
+    if not dms.borrows_channel or dms.zeroing_steps:
+        return
+    zeroing = (stored or {}).get("zeroing_steps", 0)
+    if zeroing and iteration <= zeroing:
+        raise StartupError(
+            f"{folder} was saved at step {iteration}, within its zeroing phase of {zeroing} steps; start "
+            f"from a later one, or use --dms-zeroing-steps {zeroing}"
+        )
+
+
+def _warn_if_not_zeroed(dms: DMSConfig, stored: Namespace, folder: Path) -> None:
+    if dms.borrows_channel and not dms.zeroing_steps and not getattr(stored, "dms", None):
+        print(
+            f"warning: {folder} was never retrofitted and --dms-zeroing-steps is 0: the {dms.predictor} is "
+            "cut out of attention at once and evicts at random until it has learned: expect a loss spike",
+            file=sys.stderr,
+        )
+
+
 def _carry_hf_files(source: Path, save: Path) -> None:
     """Copy the HF side files (config.json, tokenizer, ...) beside the new checkpoints: export needs them."""
     from megatron_dms.checkpoint.megatron_folder import HF
@@ -198,20 +241,21 @@ def _carry_hf_files(source: Path, save: Path) -> None:
             shutil.copytree(source / HF, staged, dirs_exist_ok=True)
 
 
-def _check_layout(args: Namespace) -> None:
+def _check_layout(args: Namespace, model: Namespace, whose: str = "the model") -> None:
+    """Heads and layers of a model (the student's or the teacher's arguments) divide by the run's layout."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     for name in ("num_attention_heads", "num_query_groups"):
-        heads = getattr(args, name)
+        heads = getattr(model, name)
         if heads % tp:
             fewer = ": several ranks would share one KV head's decision" if heads < tp else ""
             raise StartupError(
-                f"--tensor-model-parallel-size is {tp}, but the model has {name} = {heads}, which it must "
+                f"--tensor-model-parallel-size is {tp}, but {whose} has {name} = {heads}, which it must "
                 f"divide{fewer}; use a divisor of {heads}"
             )
-    if args.num_layers % pp:
+    if model.num_layers % pp:
         raise StartupError(
-            f"--pipeline-model-parallel-size is {pp}, but the model has {args.num_layers} layers, which it "
-            f"must divide; use a divisor of {args.num_layers}"
+            f"--pipeline-model-parallel-size is {pp}, but {whose} has {model.num_layers} layers, which it "
+            f"must divide; use a divisor of {model.num_layers}"
         )
     if args.world_size % (tp * pp):
         raise StartupError(
@@ -220,10 +264,18 @@ def _check_layout(args: Namespace) -> None:
 
 
 def _check_training(args: Namespace, dms: DMSConfig) -> None:
+    if dms.zeroing_steps and args.use_precision_aware_optimizer:
+        raise StartupError(
+            "--use-precision-aware-optimizer with --dms-zeroing-steps: the optimizer's master weights cannot "
+            "be zeroed; drop it"
+        )
+    if args.save and not args.save_interval:
+        raise StartupError("--save without --save-interval; add --save-interval STEPS")
     if dms.train == "predictor" and dms.borrows_channel:
-        if args.weight_decay:
+        decay = max(args.weight_decay, args.start_weight_decay or 0, args.end_weight_decay or 0)
+        if decay:
             raise StartupError(
-                f"--weight-decay is {args.weight_decay}, expected 0 with --dms-train predictor and a "
+                f"--weight-decay is {decay}, expected 0 with --dms-train predictor and a "
                 "borrowed channel: decay would change the frozen rows of the QKV weight; add --weight-decay 0"
             )
         # Fused accumulation writes a weight's gradient past the hook that keeps frozen rows frozen.
@@ -251,6 +303,7 @@ def _check_teacher(args: Namespace, dms: DMSConfig) -> None:
         raise StartupError(
             f"the teacher {dms.teacher} is a DMS model, expected a dense one; use its base model"
         )
+    _check_layout(args, teacher, "the teacher")
     if args.seq_length > teacher.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the teacher has {teacher.max_position_embeddings} "

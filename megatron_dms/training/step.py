@@ -31,6 +31,7 @@ from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.training.metrics import (
     COMPRESSION_LOSS,
     COMPRESSION_RATIOS,
+    KL,
     LAYER_EXTREMES,
     LayerMeter,
     compression_reports,
@@ -52,6 +53,7 @@ class RetrofitStep:
         self._target_tokens: Tensor | None = None  # of the global batch under way
         self._meter = LayerMeter()  # of the training step under way
         self._validation_meter = LayerMeter()
+        self._finished: int | None = None  # training steps so far; None until one is made by this process
 
     def attach(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
         """A hook for Megatron's model builder: count layers, make the account's group, log the schedule.
@@ -84,20 +86,31 @@ class RetrofitStep:
         dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         self._target_tokens = tokens.clamp(min=1)
         self._microbatches.extend(batches)
+        self._finished = get_args().curr_iteration + 1
         if self.dms.zeroing_steps and get_args().curr_iteration == self.dms.zeroing_steps:
             zero_borrowed_rows(model, self.dms)
             # Masters in higher precision must follow. Megatron hands out its optimizer nowhere; the bound
             # method it leaves in the model's config is the one way to reach it (megatron-core 0.19.2).
             get_model_config(model).grad_scale_func.__self__.reload_model_params()
 
+    def _iteration(self, training: bool) -> int:
+        """The training step under way, from 0; in evaluation the last one that was finished."""
+        args = get_args()
+        if training:
+            return args.curr_iteration
+        # Megatron sets curr_iteration only where it trains: neither with --skip-train nor for a finished run.
+        return max((args.iteration if self._finished is None else self._finished) - 1, 0)
+
     def _describe(self, batch: dict[str, Tensor], training: bool, config: Any) -> Microbatch:
         """The record that travels to every layer."""
         valid = batch["valid"].bool()
         common = {"sample_ids": batch["sample_id"], "valid": valid, "seed": get_args().seed}
-        iteration = get_args().curr_iteration
+        iteration = self._iteration(training)
         if iteration < self.dms.zeroing_steps:
             return Microbatch(**common, phase=Phase.ZEROING, fade=self.dms.fade(iteration))
-        scale = float(config.grad_scale_func(torch.ones(()))) if training and config.grad_scale_func else 1.0
+        scale = torch.ones((), device=valid.device)
+        if training and config.grad_scale_func:
+            scale = config.grad_scale_func(scale)
         account = CompressionAccount(
             shape=self._shape,
             target=self.dms.schedule.target_fraction(iteration - self.dms.zeroing_steps),
@@ -117,27 +130,26 @@ class RetrofitStep:
         """
         mask = batch["loss_mask"]
         kl_sum = (unwrap_model(model).compute_kd_loss() * mask).sum()
-        reports = {"KL": pair(kl_sum, mask.sum())}
+        reports = {KL: pair(kl_sum, mask.sum())}
         training = model.training
-        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
-        per_token = parts / self._target_tokens if training else 1 / mask.sum().clamp(min=1)
-        total = kl_sum.detach() * per_token
         if microbatch.account is None:
             one = torch.ones_like(kl_sum)
             reports |= dict.fromkeys(COMPRESSION_RATIOS, pair(one, 1)) | {COMPRESSION_LOSS: pair(0 * one, 1)}
         else:
             account = microbatch.account
-            step = get_args().curr_iteration - self.dms.zeroing_steps
+            step = self._iteration(training) - self.dms.zeroing_steps
             reports |= compression_reports(account, self.dms.schedule.target_cr(step))
-            compression = reports[COMPRESSION_LOSS]
-            total = total + self.dms.compression_weight * compression[0] / compression[1]
             (self._meter if training else self._validation_meter).add(account)
             if training:
                 reports |= self._layer_reports()
         if not training:
             reports["LM loss"] = pair((output * mask).sum(), mask.sum())
-        weight = 1.0 if training else mask.sum()
-        return kl_sum * per_token, {"loss": pair(total * weight, weight)} | reports
+            return kl_sum / mask.sum().clamp(min=1), reports
+        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
+        loss = kl_sum * parts / self._target_tokens
+        compression = reports[COMPRESSION_LOSS]  # of this microbatch; all have the same number of samples
+        total = loss + self.dms.compression_weight * compression[0] / compression[1]
+        return loss, {"loss": pair(total, 1)} | reports
 
     def _layer_reports(self) -> dict[str, Tensor]:
         """The step's least and most compressed layer, known at its last microbatch."""
@@ -165,15 +177,13 @@ class RetrofitStep:
         kept = self._validation_meter.kept_fraction(parallel_state.get_data_parallel_group())
         if kept is None or dist.get_rank() != dist.get_world_size() - 1:
             return
-        args = get_args()
-        folder = Path(args.tensorboard_dir or args.save or ".")
-        name = f"kept_fraction_{args.curr_iteration + 1:07d}.png"
-        figure = draw_kept_fraction(kept, f"iteration {args.curr_iteration + 1}", folder / "pictures" / name)
+        args, step = get_args(), self._iteration(training=False) + 1
+        path = Path(args.tensorboard_dir or args.save or ".") / "pictures" / f"kept_fraction_{step:07d}.png"
+        figure = draw_kept_fraction(kept, f"iteration {step}", path)
         if writer := get_tensorboard_writer():
-            writer.add_figure("kept fraction", figure, args.curr_iteration + 1)
+            writer.add_figure("kept fraction", figure, step)
         if wandb := get_wandb_writer():
-            picture = wandb.Image(str(folder / "pictures" / name))
-            wandb.log({"kept fraction": picture}, args.curr_iteration + 1)
+            wandb.log({"kept fraction": wandb.Image(str(path))}, step)
 
 
 def _model_shape(model: torch.nn.Module) -> ModelShape:
@@ -184,7 +194,7 @@ def _model_shape(model: torch.nn.Module) -> ModelShape:
         own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, own)
-        ranks, _ = dist.new_subgroups_by_enumeration(sorted({tuple(ranks) for ranks in everyone}))
+        ranks, _ = dist.new_subgroups_by_enumeration(sorted({tuple(r) for r in everyone}), backend="gloo")
     return ModelShape(config.num_layers, config.num_query_groups, len(model.decoder.layers), ranks)
 
 

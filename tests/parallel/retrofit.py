@@ -36,10 +36,12 @@ class Workspace:
     folder: Path
     hf: Path = field(init=False)
     base: Path = field(init=False)
+    other_teacher: Path = field(init=False)
     data: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.hf, self.base = self.folder / "hf", self.folder / "base"
+        self.other_teacher = self.folder / "other_teacher"
         self.data = self.folder / "data"
 
     def command(self, processes: int, *flags: str) -> list[str]:
@@ -94,32 +96,40 @@ def read_curves(board: Path) -> dict[str, list[float]]:
 
 
 def make_base(workspace: Workspace) -> None:
-    """A random Qwen3 in HF format (GQA 4 / 2, q- and k-norm, tied) and its import."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
+    """A random Qwen3 (GQA 4 / 2, q- and k-norm, tied) with its import, and a teacher of another size."""
     from megatron_dms.checkpoint import import_hf
 
-    torch.manual_seed(7)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # peaked distributions, so that KL and gradients are far from rounding
+    _save_qwen3(workspace.hf)
+    import_hf(workspace.hf, workspace.base)
+    _save_qwen3(
+        workspace.other_teacher,
+        **{"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": False},
     )
-    model = Qwen3ForCausalLM(config)
+
+
+def _save_qwen3(folder: Path, **changes: object) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(7)
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # peaked distributions, so that KL and gradients are far from rounding
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**settings | changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(workspace.hf)
-    _save_tokenizer(workspace.hf)
-    import_hf(workspace.hf, workspace.base)
+    model.save_pretrained(folder)
+    _save_tokenizer(folder)
 
 
 def _save_tokenizer(folder: Path) -> None:

@@ -49,6 +49,10 @@ VARIANTS = {
 }
 
 
+VALIDATION = ("--eval-iters", "2", "--eval-interval", str(STEPS))
+VALIDATION_SCALARS = ("KL", "compression loss", "achieved CR (hard)", "LM loss")
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str, workspace: Workspace, reference: Curves) -> None:
     """Catches noise by rank (local head or sample numbers), the compression clamp per stage or per
@@ -75,3 +79,21 @@ def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspac
     alone = workspace.run(f"{name}_alone", 1, *flags)
     assert alone["KL"][0] != alone["KL"][-1], "the run must learn something, or gradients are not tested"
     assert_same_curves(workspace.run(name, 4, *TP, *PP, *flags), alone, range(STEPS), TOLERANCE)
+
+
+def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:
+    """TP 2 x PP 2 against one process, with hard decisions and a HF folder as teacher (other hidden size,
+    layers, head size; untied). Catches activations of the two cut apart at the wrong width between stages,
+    soft decisions in evaluation, and a validation normalised by rank."""
+    data = ("--valid-data-path", str(workspace.data), "--dms-teacher", str(workspace.other_teacher))
+    curves = {}
+    for name, processes, layout in (("validation_alone", 1, ()), ("validation", 4, (*TP, *PP))):
+        save = ("--save", str(workspace.folder / f"save_{name}"), "--save-interval", "100")
+        curves[name] = workspace.run(name, processes, *layout, *VALIDATION, *data, *save)
+        picture = workspace.folder / "boards" / name / "pictures" / f"kept_fraction_{STEPS:07d}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    alone, together = curves["validation_alone"], curves["validation"]
+    assert_same_curves(together, alone, range(STEPS), TOLERANCE)
+    for name in (f"{scalar} validation" for scalar in VALIDATION_SCALARS):
+        assert together[name] == pytest.approx(alone[name], rel=TOLERANCE), name
+    assert alone["achieved CR (hard) validation"][0] > 1.01

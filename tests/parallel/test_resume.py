@@ -23,8 +23,9 @@ def uninterrupted(workspace: Workspace) -> tuple[Path, dict[str, list[float]]]:
 
 
 def saving(folder: Path) -> tuple[str, ...]:
-    """The same flags for a new run and for its resumption."""
-    return ("--load", str(folder), "--save", str(folder), "--save-interval", str(HALF))
+    """The same flags for a new run and for its resumption, which begins where the zeroing phase ends."""
+    save = ("--load", str(folder), "--save", str(folder), "--save-interval", str(HALF))
+    return (*save, "--dms-zeroing-steps", str(HALF))
 
 
 def stopped_copy(folder: Path, copy: Path) -> Path:
@@ -48,6 +49,19 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert whole.tensors.keys() == again.tensors.keys()
     for name in whole.tensors:  # optimizer state too
         assert torch.equal(whole.tensor(name), again.tensor(name)), f"{name} differs"
+
+
+def test_finished_run_validates_as_what_it_is(
+    workspace: Workspace, uninterrupted: tuple[Path, dict[str, list[float]]]
+) -> None:
+    """Started once more, a finished run trains nothing and validates the retrofitted model. Catches an
+    iteration that is known to the training loop only: the validation would be that of the zeroing phase."""
+    folder, _ = uninterrupted
+    validation = ("--eval-iters", "1", "--valid-data-path", str(workspace.data))
+    curves = workspace.run("finished", 1, *saving(folder), *validation)
+    assert "KL" not in curves
+    (target,) = set(curves["target CR validation"])
+    assert target == pytest.approx(STEPS - HALF)  # steps_per_cr is 1, and the last step's number is STEPS - 1
 
 
 def test_resumed_in_another_layout_continues_the_curve(

@@ -199,7 +199,7 @@ def test_a_run_gets_the_checkpoints_model_and_contradictions_are_errors(copies: 
     (copies / "megatron/hf/tokenizer_config.json").write_text("{}")
     checkpoint = checkpoint_args(copies / "megatron")
     parser = ArgumentParser()
-    parser.add_argument("--norm-epsilon", type=float, default=1e-5)
+    parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=8)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=2)
     set_parser_defaults(parser, checkpoint, copies / "megatron")
@@ -207,7 +207,7 @@ def test_a_run_gets_the_checkpoints_model_and_contradictions_are_errors(copies: 
     args.padded_vocab_size = 128  # as Megatron would count it from a tokenizer of 120 tokens
     set_model_args(args, checkpoint)
     check_model_args(args, checkpoint)
-    assert (args.norm_epsilon, args.vocab_size, args.padded_vocab_size) == (1e-6, 131, 144)
+    assert (args.layernorm_epsilon, args.vocab_size, args.padded_vocab_size) == (1e-6, 131, 144)
     assert args.rope_parameters["factor"] == 4.0 and args.qk_layernorm is False
     assert json.loads((Path(args.tokenizer_model) / "config.json").read_text())["model_type"] == "llama"
     args = parser.parse_args(["--norm-epsilon", "1e-5"])

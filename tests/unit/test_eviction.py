@@ -117,7 +117,7 @@ def splitmix64_noise(*ids: int) -> float:
         state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & mask
         state = ((state ^ state >> 27) * 0x94D049BB133111EB) & mask
         state ^= state >> 31
-    uniform = ((state >> 11) + 0.5) / (1 << 53)
+    uniform = ((state >> 12) + 0.5) / (1 << 52)
     return math.log(uniform) - math.log1p(-uniform)
 
 

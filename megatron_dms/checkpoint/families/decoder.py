@@ -151,7 +151,7 @@ class Family:
             "rope_scaling_factor": model.rope["factor"] if llama3 else 8.0,
             "rope_parameters": model.rope,
             "normalization": "RMSNorm",
-            "norm_epsilon": model.norm_epsilon,
+            "layernorm_epsilon": model.norm_epsilon,
             "apply_layernorm_1p": False,
             "qk_layernorm": self.qk_norm,
             "swiglu": True,
