@@ -90,6 +90,7 @@ def draw_kept_fraction(kept: Tensor, title: str, path: Path) -> Any:
     axes = figure.subplots()
     image = axes.imshow(kept.cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set(xlabel="KV head", ylabel="layer", title=title, xticks=range(groups))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, label="kept fraction of key-value pairs")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -83,15 +83,21 @@ def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspac
 
 def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:
     """TP 2 x PP 2 against one process, with hard decisions and a HF folder as teacher (other hidden size,
-    layers, head size; untied). Catches activations of the two cut apart at the wrong width between stages,
+    layers, head size; untied), heat maps in TensorBoard's folder and in W&B's. Catches activations of the two cut apart at the wrong width between stages,
     soft decisions in evaluation, and a validation normalised by rank."""
     data = ("--valid-data-path", str(workspace.data), "--dms-teacher", str(workspace.other_teacher))
     curves = {}
     for name, processes, layout in (("validation_alone", 1, ()), ("validation", 4, (*TP, *PP))):
-        save = ("--save", str(workspace.folder / f"save_{name}"), "--save-interval", "100")
-        curves[name] = workspace.run(name, processes, *layout, *VALIDATION, *data, *save)
-        picture = workspace.folder / "boards" / name / "pictures" / f"kept_fraction_{STEPS:07d}.png"
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        folder = workspace.folder / f"save_{name}"
+        save = ("--save", str(folder), "--save-interval", "100")
+        wandb = ("--wandb-project", "tests", "--wandb-exp-name", name, "--wandb-save-dir", str(folder))
+        curves[name] = workspace.run(name, processes, *layout, *VALIDATION, *data, *save, *wandb)
+        pictures = [
+            workspace.folder / "boards" / name / "pictures" / f"kept_fraction_{STEPS:07d}.png",
+            *folder.glob("wandb/**/media/images/kept fraction_*.png"),
+        ]
+        assert len(pictures) > 1, "W&B, which runs offline here, has no heat map"
+        assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     alone, together = curves["validation_alone"], curves["validation"]
     assert_same_curves(together, alone, range(STEPS), TOLERANCE)
     for name in (f"{scalar} validation" for scalar in VALIDATION_SCALARS):

@@ -1,0 +1,174 @@
+"""What a run must hold before it starts: flags, checkpoint, layout and teacher against each other.
+
+Every check raises StartupError with one line that says what was found, what was expected, and the fix.
+"""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_dms.config import DMSConfig
+
+# Settings of Megatron's that DMS attention does not read: accepting them would silently ignore them.
+_UNSUPPORTED = {
+    "context_parallel_size": (1, "context parallelism is not implemented yet"),
+    "virtual_pipeline_model_parallel_size": (None, "virtual pipeline stages are not implemented yet"),
+    "num_virtual_stages_per_pipeline_rank": (None, "virtual pipeline stages are not implemented yet"),
+    "num_layers_per_virtual_pipeline_stage": (None, "virtual pipeline stages are not implemented yet"),
+    "num_experts": (None, "mixture-of-experts models are not supported"),
+    "multi_latent_attention": (False, "multi-latent attention is not supported"),
+    "attention_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
+    "hidden_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
+    "mtp_num_layers": (None, "multi-token prediction is not supported"),
+    "calculate_per_token_loss": (
+        False,
+        "the forward step normalises by the tokens of the global batch itself",
+    ),
+    "rerun_mode": ("disabled", "the forward step reads a whole step's microbatches at once"),
+    "use_torch_fsdp2": (False, "it wraps the model in another way"),
+    "use_megatron_fsdp": (False, "it wraps the model in another way"),
+    "window_size": (None, "DMS attention has a window of its own, --dms-window"),
+    "yaml_cfg": (None, "flags and the checkpoint say what the model is"),
+    "use_checkpoint_args": (False, "the architecture always comes from the checkpoint"),
+    "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
+    "fused_single_qkv_rope": (False, "the borrowed channel is read before RoPE"),
+}
+
+
+class StartupError(ValueError):
+    """A mistake in flags, checkpoint or data: one line that says what was found, expected, and the fix."""
+
+
+def check_supported(args: Namespace) -> None:
+    """No flag is set that DMS would silently ignore."""
+    for name, (expected, reason) in _UNSUPPORTED.items():
+        found = getattr(args, name, expected)
+        if found != expected:
+            raise StartupError(
+                f"--{name.replace('_', '-')} is {found}, expected {expected} with DMS: {reason}"
+            )
+
+
+def check_positive(args: Namespace) -> None:
+    """Sizes by which the later checks divide."""
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "seq_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise StartupError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
+
+
+def check_checkpoint(
+    args: Namespace, dms: DMSConfig, stored: Namespace, folder: Path, continues: bool
+) -> None:
+    """Compare flags with the checkpoint's model and DMS settings."""
+    from megatron_dms.checkpoint import check_model_args, set_model_args
+
+    check_model_args(args, stored)
+    set_model_args(args, stored)
+    if args.seq_length is None or args.seq_length > args.max_position_embeddings:
+        raise StartupError(
+            f"--seq-length is {args.seq_length}, but the model has {args.max_position_embeddings} positions "
+            "(max_position_embeddings); use a shorter --seq-length"
+        )
+    if getattr(stored, "dms", None):
+        try:
+            dms.check_against(stored.dms, resuming=continues)
+        except ValueError as error:
+            raise StartupError(f"{error} ({folder})") from error
+    elif continues:
+        raise StartupError(f"{folder} was trained without DMS; add --finetune to start a retrofit from it")
+
+
+def check_start(dms: DMSConfig, stored: dict[str, Any] | None, folder: Path, iteration: int) -> None:
+    """A new retrofit does not start with a half-faded channel; stored: the checkpoint's DMS settings."""
+    if not dms.borrows_channel or dms.zeroing_steps:
+        return
+    zeroing = (stored or {}).get("zeroing_steps", 0)
+    if zeroing and iteration <= zeroing:
+        raise StartupError(
+            f"{folder} was saved at step {iteration}, within its zeroing phase of {zeroing} steps; start "
+            f"from a later one, or use --dms-zeroing-steps {zeroing}"
+        )
+
+
+def warn_if_not_zeroed(dms: DMSConfig, stored: Namespace, folder: Path) -> None:
+    """Say that a base model's channel is about to be cut out of attention."""
+    if dms.borrows_channel and not dms.zeroing_steps and not getattr(stored, "dms", None):
+        print(
+            f"warning: {folder} was never retrofitted and --dms-zeroing-steps is 0: the {dms.predictor} is "
+            "cut out of attention at once and evicts at random until it has learned: expect a loss spike",
+            file=sys.stderr,
+        )
+
+
+def check_layout(args: Namespace, model: Namespace, whose: str = "the model") -> None:
+    """Heads and layers of a model (the student's or the teacher's arguments) divide by the run's layout."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups"):
+        heads = getattr(model, name)
+        if heads % tp:
+            fewer = ": several ranks would share one KV head's decision" if heads < tp else ""
+            raise StartupError(
+                f"--tensor-model-parallel-size is {tp}, but {whose} has {name} = {heads}, which it must "
+                f"divide{fewer}; use a divisor of {heads}"
+            )
+    if model.num_layers % pp:
+        raise StartupError(
+            f"--pipeline-model-parallel-size is {pp}, but {whose} has {model.num_layers} layers, which it "
+            f"must divide; use a divisor of {model.num_layers}"
+        )
+    if args.world_size % (tp * pp):
+        raise StartupError(
+            f"{args.world_size} processes, but TP {tp} x PP {pp} needs a multiple of {tp * pp}"
+        )
+
+
+def check_training(args: Namespace, dms: DMSConfig) -> None:
+    """Optimizer settings under which weights would move that must not, or stay that must."""
+    if dms.zeroing_steps and args.use_precision_aware_optimizer:
+        raise StartupError(
+            "--use-precision-aware-optimizer with --dms-zeroing-steps: the optimizer's master weights cannot "
+            "be zeroed; drop it"
+        )
+    if args.save and not args.save_interval:
+        raise StartupError("--save without --save-interval; add --save-interval STEPS")
+    if dms.train == "predictor" and dms.borrows_channel:
+        decay = max(args.weight_decay, args.start_weight_decay or 0, args.end_weight_decay or 0)
+        if decay:
+            raise StartupError(
+                f"--weight-decay is {decay}, expected 0 with --dms-train predictor and a "
+                "borrowed channel: decay would change the frozen rows of the QKV weight; add --weight-decay 0"
+            )
+        # Fused accumulation writes a weight's gradient past the hook that keeps frozen rows frozen.
+        args.gradient_accumulation_fusion = False
+
+
+def check_teacher(args: Namespace, dms: DMSConfig) -> None:
+    """The teacher is there, dense, of the same vocabulary, and fits the layout and the sequence length."""
+    from megatron_dms.training.build import imported_teacher, teacher_args
+
+    if dms.teacher is None:
+        raise StartupError(
+            "no teacher: give --dms-teacher DIR (a HF folder or a Megatron checkpoint; usually the model you "
+            "start from), or --dms-teacher self with --dms-predictor linear --dms-train predictor"
+        )
+    if dms.teacher == "self":
+        return
+    teacher: Any = teacher_args(dms.teacher)
+    imported_teacher(dms.teacher, args.save)
+    if teacher.vocab_size != args.vocab_size:
+        raise StartupError(
+            f"the teacher {dms.teacher} has a vocabulary of {teacher.vocab_size}, the student has "
+            f"{args.vocab_size}; distillation needs a teacher of the same tokenizer"
+        )
+    if getattr(teacher, "dms", None):
+        raise StartupError(
+            f"the teacher {dms.teacher} is a DMS model, expected a dense one; use its base model"
+        )
+    check_layout(args, teacher, "the teacher")
+    if args.seq_length > teacher.max_position_embeddings:
+        raise StartupError(
+            f"--seq-length is {args.seq_length}, but the teacher has {teacher.max_position_embeddings} "
+            "positions; use a shorter --seq-length"
+        )
