@@ -83,8 +83,9 @@ def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspac
 
 def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:
     """TP 2 x PP 2 against one process, with hard decisions and a HF folder as teacher (other hidden size,
-    layers, head size; untied), heat maps in TensorBoard's folder and in W&B's. Catches activations of the two cut apart at the wrong width between stages,
-    soft decisions in evaluation, and a validation normalised by rank."""
+    layers, head size; untied), heat maps in TensorBoard's folder and in W&B's. Catches activations of the two
+    cut apart at the wrong width between stages, soft decisions in evaluation, and a validation normalised by
+    rank."""
     data = ("--valid-data-path", str(workspace.data), "--dms-teacher", str(workspace.other_teacher))
     curves = {}
     for name, processes, layout in (("validation_alone", 1, ()), ("validation", 4, (*TP, *PP))):
