@@ -119,7 +119,7 @@ class Folders:
         make_base(good)
         make_data(good)
         self.base, self.data = good.base, good.data
-        copy_with_config(good.hf, root / "other_teacher", vocab_size=VOCAB + 9)
+        copy_with_config(good.hf, root / "other_vocabulary", vocab_size=VOCAB + 9)
 
         shutil.copytree(good.base, root / "truncated")
         cut(max(root.glob("truncated/*/*.distcp"), key=lambda path: path.stat().st_size), 0.5)
@@ -174,8 +174,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("{root}/nowhere does not exist", "give"),
     ),
     "a teacher of another vocabulary": (
-        "--dms-teacher {root}/other_teacher",
-        ("{root}/other_teacher", f"vocabulary of {VOCAB + 9}", f"student has {VOCAB}", "same tokenizer"),
+        "--dms-teacher {root}/other_vocabulary",
+        ("{root}/other_vocabulary", f"vocabulary of {VOCAB + 9}", f"student has {VOCAB}", "same tokenizer"),
     ),
     "a DMS model as teacher": (
         "--dms-teacher {root}/dms",
