@@ -9,6 +9,9 @@ checkpoint.
 
 import os
 import sys
+import time
+
+SILENT_RANKS_WAIT = 60  # seconds at most: torchrun ends the wait once local rank 0 has failed
 
 
 def main() -> None:
@@ -28,8 +31,12 @@ def main() -> None:
         skip_helper_compilation()
         args, start = parse_megatron_args(dms)
     except StartupError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"pretrain_dms.py: error: {error}", file=sys.stderr)
+        # One line for each node, as a file may be missing on one of them only. torchrun ends all ranks as
+        # soon as one fails, so those that say nothing wait for the one that speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"pretrain_dms.py: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SILENT_RANKS_WAIT)
         raise SystemExit(2) from None
 
     from megatron.core.enums import ModelType

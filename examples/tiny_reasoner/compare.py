@@ -17,7 +17,7 @@ from answers import exact_match, standard_error
 from measure import BATCH, HELDOUT_SEED, greedy_texts, heldout_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-COLUMNS = ("accuracy", "standard_error", "achieved_cr", "kv_reads", "peak_tokens")
+PICTURE = "accuracy_vs_kv_reads.png"
 
 
 def measure_model(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -67,7 +67,9 @@ def _dense_cost(
     reads, peaks = [], []
     for problem, text in zip(problems, texts, strict=True):
         prompt = len(
-            tokenizer.apply_chat_template(problem["messages"][:-1], add_generation_prompt=True)["input_ids"]
+            tokenizer.apply_chat_template(
+                problem["messages"][:-1], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
         )
         end = text.find(tokenizer.eos_token)
         said = text if end < 0 else text[: end + len(tokenizer.eos_token)]
@@ -122,7 +124,7 @@ def compare(models: dict[str, Path], count: int, seed: int, out: Path) -> dict[s
         results[name] = measure_model(folder, problems)
     print(table(results))
     out.mkdir(parents=True, exist_ok=True)
-    draw(results, out / "accuracy_vs_kv_reads.png")
+    draw(results, out / PICTURE)
     return results
 
 

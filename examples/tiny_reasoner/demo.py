@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compare import compare
+from compare import PICTURE, compare
 from measure import HELDOUT_SEED
 
 HERE = Path(__file__).resolve().parent
@@ -28,8 +28,11 @@ BASE = HERE / "base"
 LAYOUT = {"--tensor-model-parallel-size": 2, "--pipeline-model-parallel-size": 2}
 RANKS = 4
 # "iteration      12/     480 | ... | KL: 1.2E-02 | ... | achieved CR (hard): 1.0E+00 |" in Megatron's log
-_LOGGED = re.compile(r"iteration\s+(\d+)/\s*(\d+) \|.*?KL: ([\d.E+-]+)(?:.*?target CR: ([\d.E+-]+))?"
-                     r"(?:.*?achieved CR \(hard\): ([\d.E+-]+))?")  # fmt: skip
+_LOGGED = re.compile(
+    r"iteration\s+(\d+)/\s*(\d+) \|.*?KL: ([\d.E+-]+).*?target CR: ([\d.E+-]+)"
+    r".*?achieved CR \(hard\): ([\d.E+-]+)"
+)
+VALIDATION_PROBLEMS = 32  # two evaluation steps of 16 samples
 
 
 @dataclass(frozen=True)
@@ -62,28 +65,18 @@ def run_demo(out: Path, recipe: Recipe) -> dict[str, object]:
     """Do everything and write `out`/summary.json; -> its content."""
     begin = time.monotonic()
     work = out / "work"
-    shutil.rmtree(work, ignore_errors=True)
+    for old in (work, out / "tensorboard"):
+        shutil.rmtree(old, ignore_errors=True)
+    for old in (out / "summary.json", out / PICTURE):
+        old.unlink(missing_ok=True)
     work.mkdir(parents=True)
     _say("1/5 problems and their tokens")
-    problems, data = work / "problems.jsonl", work / "problems"
-    _python(
-        HERE / "problems.py",
-        "--split",
-        "train",
-        "--count",
-        recipe.train_problems,
-        "--seed",
-        1,
-        "--out",
-        problems,
-    )
-    # All tokens are targets: the base model was trained on all, and prompts keep the fading phase gentle.
-    tokens = ("--tokenizer", BASE, "--output-prefix", data, "--loss-on", "all")
-    _python(ROOT / "tools/preprocess_data.py", "--input", problems, *tokens)
+    _tokenize(work / "train", "train", recipe.train_problems, seed=1)
+    _tokenize(work / "valid", "heldout", VALIDATION_PROBLEMS, seed=3000)
     _say("2/5 import into Megatron")
     _python(ROOT / "tools/convert.py", "import", "--hf", BASE, "--megatron", work / "base")
     _say(f"3/5 retrofit on {RANKS} ranks (TP 2 x PP 2), {recipe.step_of(8)} steps")
-    _retrofit(work, data, recipe, out / "retrofit.log")
+    _retrofit(work, recipe, out / "retrofit.log")
     _say("4/5 export CR 4 and CR 8 from the one run")
     models = {"teacher": BASE}
     for cr in (4, 8):
@@ -102,13 +95,23 @@ def run_demo(out: Path, recipe: Recipe) -> dict[str, object]:
     return summary
 
 
-def _retrofit(work: Path, data: Path, recipe: Recipe, log: Path) -> None:
+def _tokenize(prefix: Path, split: str, count: int, seed: int) -> None:
+    """Problems as Megatron's .bin/.idx. All tokens are targets: the base model was trained on all, and
+    prompts keep the fading phase gentle."""
+    problems = prefix.with_suffix(".jsonl")
+    flags = ("--split", split, "--count", count, "--seed", seed, "--out", problems)
+    _python(HERE / "problems.py", *flags)
+    tokens = ("--tokenizer", BASE, "--output-prefix", prefix, "--loss-on", "all")
+    _python(ROOT / "tools/preprocess_data.py", "--input", problems, *tokens)
+
+
+def _retrofit(work: Path, recipe: Recipe, log: Path) -> None:
     flags = {
         **LAYOUT,
         "--pretrained-checkpoint": work / "base",
         "--load": work / "run",
         "--save": work / "run",
-        "--train-data-path": data,
+        "--train-data-path": work / "train",
         "--seq-length": SEQUENCE,
         "--micro-batch-size": recipe.batch // 2,
         "--global-batch-size": recipe.batch,
@@ -117,7 +120,7 @@ def _retrofit(work: Path, data: Path, recipe: Recipe, log: Path) -> None:
         "--save-interval": recipe.step_of(4),
         "--eval-interval": recipe.step_of(4),
         "--eval-iters": 2,
-        "--valid-data-path": data,
+        "--valid-data-path": work / "valid",
         "--lr": recipe.learning_rate,
         "--min-lr": recipe.learning_rate / 10,
         "--lr-decay-style": "linear",

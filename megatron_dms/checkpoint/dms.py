@@ -28,6 +28,11 @@ def from_config(config: Mapping[str, object]) -> tuple[dict[str, object] | None,
         settings = DMSSettings.from_entries(config)
     except ValueError as error:
         raise CheckpointError(f"config.json: {error}") from error
+    if settings.disable_eviction:
+        raise CheckpointError(
+            "config.json: dms_disable_eviction is true, expected false; Megatron stores no such switch: set "
+            "it to false here, and to true again in the export"
+        )
     return {name: getattr(settings, name) for name in _FIELDS}, settings.target_cr
 
 

@@ -50,6 +50,10 @@ class HFFolder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise CheckpointError(f"{path} is no folder; expected a local HF checkpoint with config.json")
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path} holds an adapter (adapter_config.json); merge it into the weights first"
+            )
         self.path = path
         self.config = read_json(path / "config.json")
         index, single = path / INDEX, path / _SINGLE

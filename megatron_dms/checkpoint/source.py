@@ -32,7 +32,10 @@ def _reached_cr(reader: Reader, args: Namespace) -> float | None:
     fields = getattr(args, "dms", None)
     if hasattr(args, "dms_reached_cr") or not fields or "steps_per_cr" not in fields:
         return getattr(args, "dms_reached_cr", None)
-    config = DMSConfig.from_dict(fields)
+    try:
+        config = DMSConfig.from_dict(fields)
+    except ValueError as error:
+        raise CheckpointError(f"{reader.folder}: {error}") from error
     steps = reader.common()["iteration"] - config.zeroing_steps
     if config.zeroing_steps and steps <= 0:
         raise CheckpointError(

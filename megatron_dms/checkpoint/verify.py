@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import read_model
 from megatron_dms.checkpoint.hf_folder import HFFolder
-from megatron_dms.checkpoint.megatron_folder import iteration_folder, open_checkpoint
+from megatron_dms.checkpoint.megatron_folder import RELEASE, iteration_folder, open_checkpoint
 from megatron_dms.checkpoint.rope import set_rope
 from megatron_dms.checkpoint.source import MegatronTensors
 
@@ -76,7 +76,14 @@ def compare_tensors(hf: HFFolder, megatron_dir: Path, iteration: int | None) -> 
     if stored.model.tied and "lm_head.weight" in hf.infos:
         stored.places["lm_head.weight"] = stored.places["model.embed_tokens.weight"]
     known = (name for name in names if name in hf.infos and name in stored.places)
-    equal = {name for name in known if _same_bytes(hf.read(name), stored.read(name))}
+    # An import keeps every type; training may work in another one, and export casts back.
+    imported = iteration_folder(megatron_dir, iteration).name == RELEASE
+
+    def expected(name: str) -> Tensor:
+        tensor = stored.read(name)
+        return tensor if imported else tensor.to(hf.infos[name].dtype)
+
+    equal = {name for name in known if _same_bytes(hf.read(name), expected(name))}
     return len(names), [name for name in names if name not in equal]
 
 

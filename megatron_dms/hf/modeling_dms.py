@@ -103,6 +103,8 @@ class DMSForCausalLM:
             new = NewTokens.place(torch.zeros(B, dtype=torch.int64, device=tokens.device), T, real_BT)
         else:
             meter = cache.meter
+            if past and T > 1:  # once a turn, so that single steps never wait for the device
+                _refuse_hidden_past(inputs.get("attention_mask"), past, cache.seen_B)
             new = cache.place(B, T, real_BT, tokens.device)
         meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
         self._dms_meter = meter
@@ -206,6 +208,16 @@ def _real_tokens(mask: Tensor | None, B: int, T: int, past: int, device: torch.d
         )
     real_BT = mask[:, past:].to(device=device, dtype=torch.bool)
     return None if bool(real_BT.all()) else real_BT
+
+
+def _refuse_hidden_past(mask: Tensor | None, past: int, seen_B: Tensor) -> None:
+    """What the cache has taken in as real tokens can no longer be declared padding."""
+    if mask is not None and not torch.equal(mask[:, :past].sum(dim=1).to(seen_B), seen_B):
+        raise ValueError(
+            "attention_mask hides tokens that the cache has taken in, such as those fed to a sequence that "
+            "had ended before the others of its batch; they may have evicted pairs already. Continue such a "
+            "batch with a new cache and the whole text"
+        )
 
 
 def _refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -> None:

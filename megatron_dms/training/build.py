@@ -96,7 +96,7 @@ def imported_teacher(teacher: str | Path, save: str | Path | None) -> Path:
         raise CheckpointError(
             f"--dms-teacher {folder} is a HF folder, to be imported to <--save>/teacher-...; give --save DIR"
         )
-    files = sorted(folder.resolve().glob("*.safetensors*"))
+    files = sorted([folder.resolve() / "config.json", *folder.resolve().glob("*.safetensors*")])
     marks = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return Path(save) / f"teacher-{hashlib.sha256(repr(marks).encode()).hexdigest()[:12]}"
 

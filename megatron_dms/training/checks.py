@@ -10,7 +10,11 @@ from typing import Any
 
 from megatron_dms.config import DMSConfig
 
-# Settings of Megatron's that DMS attention does not read: accepting them would silently ignore them.
+_ANOTHER_MODEL = "it would be another model than the checkpoint's"
+_UNEVEN = "stages must hold equally many layers"
+
+# Settings of Megatron's that DMS attention does not read, or that would change the model behind the
+# checkpoint's back: accepting them would be silently wrong. Name -> (what it must be, why).
 _UNSUPPORTED = {
     "context_parallel_size": (1, "context parallelism is not implemented yet"),
     "virtual_pipeline_model_parallel_size": (None, "virtual pipeline stages are not implemented yet"),
@@ -31,6 +35,23 @@ _UNSUPPORTED = {
     "window_size": (None, "DMS attention has a window of its own, --dms-window"),
     "yaml_cfg": (None, "flags and the checkpoint say what the model is"),
     "use_checkpoint_args": (False, "the architecture always comes from the checkpoint"),
+    "rotary_interleaved": (False, _ANOTHER_MODEL),
+    "apply_layernorm_1p": (False, _ANOTHER_MODEL),
+    "attention_output_gate": (False, _ANOTHER_MODEL),
+    "qk_l2_norm": (False, _ANOTHER_MODEL),
+    "use_mup": (False, _ANOTHER_MODEL),
+    "apply_query_key_layer_scaling": (False, _ANOTHER_MODEL),
+    "no_rope_freq": (None, _ANOTHER_MODEL),
+    "activation_func_clamp_value": (None, _ANOTHER_MODEL),
+    "glu_linear_offset": (0.0, _ANOTHER_MODEL),
+    "experimental_attention_variant": (None, _ANOTHER_MODEL),
+    "hybrid_layer_pattern": (None, _ANOTHER_MODEL),
+    "heterogeneous_layers_config_path": (None, _ANOTHER_MODEL),
+    "softmax_type": ("vanilla", "DMS attention has the plain softmax"),
+    "qk_clip": (False, "it would change the borrowed channel's weights"),
+    "decoder_first_pipeline_num_layers": (None, _UNEVEN),
+    "decoder_last_pipeline_num_layers": (None, _UNEVEN),
+    "pipeline_model_parallel_layout": (None, _UNEVEN),
     "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
     "fused_single_qkv_rope": (False, "the borrowed channel is read before RoPE"),
 }

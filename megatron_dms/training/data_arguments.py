@@ -21,11 +21,7 @@ _REFUSED = (
     ("reset_position_ids", "--reset-position-ids", "each sample holds one document; drop the flag"),
     ("reset_attention_mask", "--reset-attention-mask", "each sample holds one document; drop the flag"),
     ("eod_mask_loss", "--eod-mask-loss", "the loss mask comes with the data (--loss-on); drop the flag"),
-    (
-        "hybrid_context_parallel",
-        "--hybrid-context-parallel",
-        "it packs samples by rank; drop it",
-    ),  # LONG
+    ("hybrid_context_parallel", "--hybrid-context-parallel", "it packs samples by rank; drop it"),
     ("full_validation", "--full-validation", "ranks would repeat different samples; set --eval-iters"),
     ("multiple_validation_sets", "--multiple-validation-sets", "it needs --full-validation; drop the flag"),
     ("phase_transition_iterations", "--phase-transition-iterations", "sample ids would start over; drop it"),
@@ -119,12 +115,19 @@ def data_config(args: Any, tokenizer: Any = None) -> DataConfig:
 def validate_data_args(args: Any) -> None:
     """Check flags and files without building anything; for the start of a run, before any process group.
 
+    args.vocab_size is the model's, set by then.
+
     Raises:
         DataError: as data_config and check_pair.
     """
     config = data_config(args)
+    if args.eval_iters and config.sources[1] is None:
+        raise DataError(
+            f"--eval-iters: found {args.eval_iters} and no validation data; give --valid-data-path, or a "
+            "--split with a larger second part, or set --eval-iters 0"
+        )
     for prefix in sorted({source.prefix for source in config.sources if source is not None}):
-        check_pair(prefix)
+        check_pair(prefix, args.vocab_size)
 
 
 def _single(flag: str, value: str | Sequence[str] | None) -> str | None:

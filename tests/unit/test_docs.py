@@ -10,11 +10,13 @@ import argparse
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from megatron_dms.arguments import add_dms_arguments
+from megatron_dms.config import DMSConfig, flag_of
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -115,6 +117,11 @@ def dms_flags() -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings if flag.startswith("--dms-")}
 
 
+def placeholders(text: str) -> set[str]:
+    """Figures that were to be filled in."""
+    return set(re.findall(r"\b(?:DEMO|TEST|EXACTNESS)_[A-Z]+\b", text))
+
+
 SAMPLE = """
 Run `make demo` or `make install test VENV=x`; then `tools/preprocess_data.py --input x`. We
 make progress. See `setup.py`, `megatron_dms/no_such.py`, `docs/none.md`, `W/L/CR`, `a/b-1.5B`, `config.json`
@@ -165,6 +172,7 @@ def test_named_things_exist(document: Path) -> None:
     assert not unknown, f"{document.name} names make targets that do not exist: {unknown}"
     flags = sorted(set(_FLAG.findall(text)) - dms_flags())
     assert not flags, f"{document.name} names flags that do not exist: {flags}"
+    assert not placeholders(text), f"{document.name} lacks the figures of {placeholders(text)}"
 
 
 def _exists_beside(path: str, document: Path) -> bool:
@@ -196,3 +204,13 @@ def test_every_tool_named_prints_its_help() -> None:
         assert done.returncode == 0 and "--help" in done.stdout, (
             f"{tool} --help: {done.stderr or done.stdout}"
         )
+
+
+def test_flags_page_gives_every_default_and_choice() -> None:
+    """Catches: a default or a choice that has changed since docs/flags.md was written."""
+    rows = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8").splitlines()
+    for item in fields(DMSConfig):
+        (row,) = [row for row in rows if row.startswith(f"| `{flag_of(item.name)}` |")]
+        default = "none" if item.default is None else item.default
+        assert row.split("|")[2].strip() == str(default), row
+        assert all(choice in row for choice in item.metadata["choices"] or ()), row

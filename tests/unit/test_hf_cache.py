@@ -247,3 +247,15 @@ def test_an_empty_dynamic_cache_is_replaced():
     assert type(out.past_key_values).__name__ == "DMSCache"
     assert type(model(random_tokens(1, T)).past_key_values).__name__ == "DMSCache"
     assert len(out.past_key_values.layers) == LAYERS
+
+
+def test_tokens_taken_in_cannot_become_padding():
+    """Catches a further turn whose mask hides what the cache holds, as after sequences that ended at
+    different tokens: the zeros would be dropped, and the pairs read all the same."""
+    model, ids_BT = tiny_model("qwen3"), random_tokens(2, 9)
+    cache = model.make_cache()
+    feed(model, cache, ids_BT[:, :5], [5])
+    mask_BT = torch.ones(2, 9, dtype=torch.int64)
+    mask_BT[1, 4] = 0  # was a real token when it went in
+    with pytest.raises(ValueError, match="hides tokens that the cache has taken in"):
+        model(ids_BT[:, 5:], past_key_values=cache, attention_mask=mask_BT, use_cache=True)

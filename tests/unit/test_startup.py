@@ -82,6 +82,8 @@ for name, words in json.load(open(sys.argv[1])).items():
         from megatron.training.argument_utils import gpt_config_from_args
         model = gpt_config_from_args(get_args())
         plain = (int, float, str, bool)
+        from megatron_dms.training import checks
+        found["names unknown"] = [n for n in checks._UNSUPPORTED if not hasattr(get_args(), n)]
         values = vars(model.transformer) | {"rotary_base": model.rotary_base, "vocab_size": model.vocab_size}
         found["model"] = {key: value for key, value in values.items() if isinstance(value, plain)}
     with contextlib.suppress(Exception):  # whatever an accepted command line has set
@@ -257,6 +259,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "--dms-train predictor --weight-decay 0.1",
         ("--weight-decay is 0.1", "expected 0 with --dms-train predictor", "add --weight-decay 0"),
     ),
+    "another RoPE": ("--rotary-interleaved", ("--rotary-interleaved is True", "another model")),
+    "an uneven pipeline": (
+        "--decoder-first-pipeline-num-layers 1",
+        ("--decoder-first-pipeline-num-layers is 1", "expected None", "equally many layers"),
+    ),
+    "validation without data": ("--eval-iters 3", ("--eval-iters: found 3", "--valid-data-path")),
     "experts": ("--num-experts 4", ("--num-experts is 4", "expected None", "not supported")),
     "dropout": ("--attention-dropout 0.1", ("--attention-dropout is 0.1", "expected 0.0")),
     "context parallelism": (
@@ -365,3 +373,8 @@ def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
         command, capture_output=True, text=True, env=environment() | {"RANK": "1"}, timeout=120, check=False
     )
     assert done.returncode == 2 and done.stderr == "" and done.stdout == ""
+
+
+def test_every_refused_name_is_megatrons(messages: dict) -> None:
+    """Catches a name that is misspelt, or that a newer Megatron has renamed: it would refuse nothing."""
+    assert messages["names unknown"] == []
