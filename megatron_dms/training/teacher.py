@@ -61,6 +61,12 @@ def distill(student: GPTModel, teacher: GPTModel, direction: str, vocab_size: in
         mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion, "loss_balancer": None})],
     )
     adjust_distillation_model_for_mcore(model, settings)
+    # In validation the cross entropy is computed too, and Megatron's overwrites its logits, which the
+    # distillation loss has yet to read.
+    cross_entropy = model.compute_language_model_loss
+    model.compute_language_model_loss = lambda labels, logits: cross_entropy(
+        labels, logits if model.training else logits.clone()
+    )
     # Where the activations of the two are cut apart again on the next pipeline stage. modelopt learns this
     # from a function that Megatron calls only where megatron.post_training is installed; with
     # variable_seq_lengths the stages exchange their tensor shapes, and this number is all that is missing.

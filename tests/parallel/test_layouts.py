@@ -104,3 +104,14 @@ def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:
     for name in (f"{scalar} validation" for scalar in VALIDATION_SCALARS):
         assert together[name] == pytest.approx(alone[name], rel=TOLERANCE), name
     assert alone["achieved CR (hard) validation"][0] > 1.01
+
+
+def test_validation_of_a_student_that_evicts_nothing_is_exact(workspace: Workspace) -> None:
+    """An untrained linear predictor decides nothing, so student and teacher agree: KL below 1e-9.
+    Catches logits that the validation's cross entropy overwrites before the KL reads them, and a teacher that
+    does not share the student's weights."""
+    flags = (*VARIANTS["linear_self_teacher"], "--lr", "1e-9", "--valid-data-path", str(workspace.data))
+    curves = workspace.run("untrained", 1, *flags, *VALIDATION, "--train-iters", str(STEPS))
+    assert set(curves["achieved CR (hard) validation"]) == {1.0}
+    assert max(curves["KL validation"]) < 1e-9
+    assert min(curves["LM loss validation"]) > 1  # random labels: of the order of log 131
