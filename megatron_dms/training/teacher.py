@@ -6,6 +6,8 @@ does not bring is here: a KL that leaves vocabulary padding out and keeps no fp3
 teacher that shares the student's tensors.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import modelopt.torch.distill as mtd
@@ -36,13 +38,18 @@ class TokenKL(torch.nn.modules.loss._Loss):
 
     def forward(self, student: tuple[Tensor, Any], teacher: tuple[Tensor, Any]) -> Tensor:
         """Both arguments are (logits, bias), as Megatron's output layer returns them."""
-        columns = student[0].shape[-1]
-        first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
-            columns, self.tp_group.rank(), self.tp_group.size()
-        )
-        own = min(max(self.vocab_size - first, 0), columns)
+        own = true_columns(student[0], self.vocab_size, self.tp_group)
         group = self.tp_group if self.tp_group.size() > 1 else None
         return self.kl(student[0][..., :own], teacher[0][..., :own], group).transpose(0, 1)
+
+
+def true_columns(logits: Tensor, vocab_size: int, tp_group: ProcessGroup) -> int:
+    """How many columns of a rank's logits [..., V / TP] belong to the true vocabulary; the rest pads it."""
+    columns = logits.shape[-1]
+    first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
+        columns, tp_group.rank(), tp_group.size()
+    )
+    return min(max(vocab_size - first, 0), columns)
 
 
 def distill(student: GPTModel, teacher: GPTModel, direction: str, vocab_size: int) -> GPTModel:
@@ -61,11 +68,8 @@ def distill(student: GPTModel, teacher: GPTModel, direction: str, vocab_size: in
         mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion, "loss_balancer": None})],
     )
     adjust_distillation_model_for_mcore(model, settings)
-    # In validation the cross entropy is computed too, and Megatron's overwrites its logits, which the
-    # distillation loss has yet to read.
-    cross_entropy = model.compute_language_model_loss
-    model.compute_language_model_loss = lambda labels, logits: cross_entropy(
-        labels, logits if model.training else logits.clone()
+    model.compute_language_model_loss = partial(
+        _validation_cross_entropy, model, model.compute_language_model_loss, vocab_size
     )
     # Where the activations of the two are cut apart again on the next pipeline stage. modelopt learns this
     # from a function that Megatron calls only where megatron.post_training is installed; with
@@ -74,6 +78,21 @@ def distill(student: GPTModel, teacher: GPTModel, direction: str, vocab_size: in
     # The teacher is a plain model: it knows nothing of microbatch records, see mcore/microbatch.py.
     teacher.register_forward_pre_hook(_without_microbatch, with_kwargs=True)
     return model
+
+
+def _validation_cross_entropy(
+    model: GPTModel, cross_entropy: Callable[..., Tensor], vocab_size: int, labels: Tensor, logits: Tensor
+) -> Tensor:
+    """Megatron's cross entropy [B, T], over the true vocabulary; in training modelopt's, which is zero.
+
+    Megatron's counts the columns that pad the vocabulary, whose number depends on the layout, and overwrites
+    its logits, which the distillation loss has yet to read.
+    """
+    if not model.training:
+        logits = logits.clone()
+        own = true_columns(logits, vocab_size, model.pg_collection.tp)
+        logits[..., own:] = torch.finfo(logits.dtype).min
+    return cross_entropy(labels, logits)
 
 
 def _without_microbatch(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
