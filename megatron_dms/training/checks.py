@@ -53,7 +53,6 @@ _UNSUPPORTED = {
     "decoder_last_pipeline_num_layers": (None, _UNEVEN),
     "pipeline_model_parallel_layout": (None, _UNEVEN),
     "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
-    "fused_single_qkv_rope": (False, "the borrowed channel is read before RoPE"),
 }
 
 

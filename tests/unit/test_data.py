@@ -297,11 +297,16 @@ def test_refused_flags_are_megatrons() -> None:
 
 
 def test_validate_looks_at_the_files(tmp_path: Path) -> None:
-    """Catches: a start-up check that reads the flags only."""
+    """Catches: a start-up check that reads the flags only, or leaves for later what it knows."""
     prefix = write_set(tmp_path, [[1, 2]])
-    validate_data_args(arguments(train_data_path=[prefix]))
+    run = {"train_data_path": [prefix], "eval_iters": 0, "vocab_size": 50}
+    validate_data_args(arguments(**run))
     with pytest.raises(DataError, match="no/such.idx: found no such file"):
-        validate_data_args(arguments(train_data_path=[prefix], valid_data_path=["no/such"]))
+        validate_data_args(arguments(**run, valid_data_path=["no/such"]))
+    with pytest.raises(DataError, match="--eval-iters: found 5 and no validation data"):
+        validate_data_args(arguments(**run | {"eval_iters": 5}))
+    with pytest.raises(DataError, match="token id 2"):
+        validate_data_args(arguments(**run | {"vocab_size": 2}))
 
 
 def test_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
