@@ -5,7 +5,7 @@ from this class. Section numbers are those of the DMS paper (arXiv 2506.05345).
 """
 
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_dms.ops.schedule import CompressionSchedule
@@ -183,10 +183,3 @@ class DMSConfig:
 def flag_of(name: str) -> str:
     """The command-line flag of a field."""
     return "--dms-" + name.replace("_", "-")
-
-
-def default_of(name: str) -> Any:
-    """The default of a field."""
-    default = next(item.default for item in fields(DMSConfig) if item.name == name)
-    assert default is not MISSING
-    return default

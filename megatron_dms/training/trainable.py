@@ -29,7 +29,7 @@ def freeze_all_but_predictor(model: GPTModel, dms: DMSConfig) -> None:
 
 def _train_rows_only(parameter: torch.nn.Parameter, rows: Tensor) -> None:
     """Zero the gradient of all other rows. Adam leaves a weight with zero gradient exactly as it is (without
-    weight decay, which startup.py asks for)."""
+    weight decay, which checks.py asks for)."""
     mask = torch.zeros(parameter.shape[0], *[1] * (parameter.dim() - 1))
     mask[rows] = 1
     parameter.requires_grad_(True)
