@@ -2,9 +2,9 @@
 use.
 
 Megatron's own flags are not enough (checked on megatron-core 0.19.2): `--use-rope-scaling` knows Llama 3's
-scaling with fixed low and high factors and a fixed original context of 8192, and `gpt_config_from_args`
-drops `--rope-scaling-factor`, so that 8 is used for every model (Llama 3.2 has 32). `set_rope` gives the
-model the exact frequencies instead, whatever the flags said.
+scaling with fixed low and high factors and a fixed original context of 8192, `gpt_config_from_args` drops
+`--rope-scaling-factor`, so that 8 is used for every model (Llama 3.2 has 32), and linear and dynamic scaling
+are not there. `set_rope` gives the model the exact frequencies instead, whatever the flags said.
 """
 
 import math
@@ -22,7 +22,17 @@ RopeParameters = dict[str, str | float]
 
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_YARN_DEFAULTS: dict[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": (
+        *_YARN_DEFAULTS,
+        *("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
+    ),
 }
 
 
@@ -30,7 +40,8 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
     """RoPE settings of a config.json, in one form: {"rope_type", "rope_theta", and the type's own numbers}.
 
     Two spellings exist: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before).
-    Raises CheckpointError for a type or a setting that this project cannot reproduce.
+    Yarn's are completed: "attention_factor" multiplies cosine and sine, "truncate" is 0 or 1. Raises
+    CheckpointError for a type or a setting that this project cannot reproduce.
     """
     found: dict[str, object] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -59,32 +70,76 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
     partial = found.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise CheckpointError(f"config.json: partial_rotary_factor {partial} is not supported, expected 1.0")
-    needed = _NEEDED[rope_type]
+    needed, optional = _NEEDED[rope_type], _OPTIONAL.get(rope_type, ())
     missing = [key for key in needed if key not in found]
-    extra = sorted(set(found) - set(needed))
+    extra = sorted(set(found) - set(needed) - set(optional))
     if missing or extra:
         raise CheckpointError(
             f"config.json: RoPE type {rope_type!r} has missing keys {missing} and unknown keys {extra}; "
-            f"expected exactly {list(needed)}"
+            f"expected {list(needed)}" + (f", and optionally {sorted(optional)}" if optional else "")
         )
-    numbers = {"rope_theta": theta, **{key: found[key] for key in needed}}
+    truncate = found.pop("truncate", None)
+    if truncate not in (None, True, False):
+        raise CheckpointError(f"config.json: RoPE's truncate is {truncate!r}, expected true or false")
+    given = {key: value for key, value in found.items() if value is not None or key in needed}
+    numbers = {"rope_theta": theta, **given}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise CheckpointError(f"config.json: RoPE's {key} is {value!r}, expected a number above 0")
+    if rope_type == "yarn":
+        numbers = _complete_yarn(numbers, truncate, config.get("max_position_embeddings"))
     return {"rope_type": rope_type, **numbers}
+
+
+def _complete_yarn(
+    numbers: Mapping[str, float], truncate: bool | None, positions: object
+) -> dict[str, float]:
+    """What is left out takes the values of transformers; the scales m become one attention factor."""
+    complete = {**_YARN_DEFAULTS, "original_max_position_embeddings": positions, **numbers}
+    if truncate is not None:
+        complete["truncate"] = truncate
+    mscale, mscale_all = complete.pop("mscale", None), complete.pop("mscale_all_dim", None)
+    if "attention_factor" not in complete:
+        factor = float(complete["factor"])
+        if mscale and mscale_all:
+            complete["attention_factor"] = _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all)
+        else:
+            complete["attention_factor"] = _yarn_scale(factor, 1.0)
+    return complete
+
+
+def _yarn_scale(factor: float, m: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
+def attention_factor(rope: Mapping[str, str | float]) -> float:
+    """What cosine and sine are multiplied by; 1 but for yarn."""
+    return float(rope.get("attention_factor", 1.0))
 
 
 def inverse_frequencies(rope: Mapping[str, str | float], head_size: int) -> torch.Tensor:
     """Angle per position of each pair of channels, fp32 [head_size / 2].
 
-    llama3: pairs that turn fewer than `low_freq_factor` times within the original context are slowed down
-    by `factor`, those that turn more than `high_freq_factor` times are left alone, and between the two the
-    change is gradual.
+    dynamic: those of texts up to max_position_embeddings, where it changes nothing; beyond, they would depend
+    on the text's length.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu").float() / head_size
-    frequencies = 1.0 / (float(rope["rope_theta"]) ** exponent)
-    if rope["rope_type"] == "default":
-        return frequencies
+    periods = float(rope["rope_theta"]) ** exponent  # over 2 pi
+    match rope["rope_type"]:
+        case "linear":
+            return 1.0 / periods / float(rope["factor"])
+        case "yarn":
+            return _yarn_frequencies(rope, periods)
+        case "llama3":
+            return _llama3_frequencies(rope, 1.0 / periods)
+    return 1.0 / periods
+
+
+def _llama3_frequencies(rope: Mapping[str, str | float], frequencies: torch.Tensor) -> torch.Tensor:
+    """Pairs that turn fewer than `low_freq_factor` times within the original context are slowed down by
+    `factor`, those that turn more than `high_freq_factor` times are left alone, and between the two the
+    change is gradual.
+    """
     factor, low, high, context = (float(rope[key]) for key in _NEEDED["llama3"])
     wavelength = 2 * math.pi / frequencies
     blend = (context / wavelength - low) / (high - low)
@@ -94,11 +149,32 @@ def inverse_frequencies(rope: Mapping[str, str | float], head_size: int) -> torc
     return torch.where(between, blended, scaled)
 
 
+def _yarn_frequencies(rope: Mapping[str, str | float], periods: torch.Tensor) -> torch.Tensor:
+    """As llama3, but the change is linear in the number of the pair, between those that turn `beta_fast` and
+    `beta_slow` times within the original context (rounded outwards to whole pairs where `truncate`).
+    """
+    theta, context = float(rope["rope_theta"]), float(rope["original_max_position_embeddings"])
+    pairs = periods.numel()
+
+    def pair_that_turns(times: float) -> float:
+        return pairs * math.log(context / (times * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair_that_turns(float(rope["beta_fast"])), pair_that_turns(float(rope["beta_slow"]))
+    if rope["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    if first == last:
+        last += 0.001  # as transformers does, against a division by zero
+    slowed = ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    return slowed / (float(rope["factor"]) * periods) + (1 - slowed) / periods
+
+
 def set_rope(model: "GPTModel", rope: Mapping[str, str | float]) -> None:
-    """Give a Megatron GPTModel the exact frequencies of `rope`, in place, before its first forward.
+    """Give a Megatron GPTModel the exact frequencies and attention factor of `rope`, in place, before its
+    first forward.
 
     Raises CheckpointError if the model has no rotary embedding or one of another size (a wrong --kv-channels,
-    --rotary-percent or --position-embedding-type).
+    --rotary-percent or --position-embedding-type), or fuses RoPE in a way that takes no attention factor.
     """
     embedding = getattr(model, "rotary_pos_emb", None)
     if embedding is None:
@@ -111,3 +187,18 @@ def set_rope(model: "GPTModel", rope: Mapping[str, str | float]) -> None:
             "expected all; use --rotary-percent 1.0"
         )
     embedding.inv_freq = new.to(device=old.device, dtype=old.dtype)
+    _set_attention_factor(model, attention_factor(rope))
+
+
+def _set_attention_factor(model: "GPTModel", factor: float) -> None:
+    """Megatron's attention multiplies cosine and sine by a factor of its own for yarn, kept under a private
+    name (checked on 0.19.2); its flags cannot express every factor.
+    """
+    if factor == 1.0:
+        return
+    if model.config.apply_rope_fusion:
+        raise CheckpointError("fused RoPE takes no attention factor, which yarn needs; use --no-rope-fusion")
+    for layer in model.decoder.layers:
+        if not hasattr(layer.self_attention, "_yarn_concentration_factor"):
+            raise CheckpointError("this version of Megatron-Core has no place for yarn's attention factor")
+        layer.self_attention._yarn_concentration_factor = factor

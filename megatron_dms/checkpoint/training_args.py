@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.megatron_folder import HF
+from megatron_dms.checkpoint.rope import attention_factor
 
 ARCHITECTURE = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups "
@@ -53,6 +54,8 @@ def set_parser_defaults(parser: ArgumentParser, checkpoint: Namespace, megatron_
     stored = vars(checkpoint)
     names = (*ARCHITECTURE, *_BESIDES)
     parser.set_defaults(**{name: stored[name] for name in names if stored.get(name) is not None})
+    if attention_factor(stored.get("rope_parameters") or {}) != 1.0:
+        parser.set_defaults(apply_rope_fusion=False)  # the fused kernel has no such factor
     folder = Path(megatron_dir) / HF
     if (folder / "tokenizer_config.json").is_file():
         parser.set_defaults(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))

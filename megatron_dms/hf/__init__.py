@@ -11,7 +11,12 @@ from typing import Any
 from .configuration_dms import DMSSettings
 
 MODELING_MODULE = "modeling_dms"
-MODEL_CLASSES = {"llama": "LlamaForCausalLMDMS", "qwen3": "Qwen3ForCausalLMDMS"}
+MODEL_CLASSES = {
+    "llama": "LlamaForCausalLMDMS",
+    "mistral": "MistralForCausalLMDMS",
+    "qwen2": "Qwen2ForCausalLMDMS",
+    "qwen3": "Qwen3ForCausalLMDMS",
+}
 SUPPORTED_MODEL_TYPES = tuple(MODEL_CLASSES)
 
 

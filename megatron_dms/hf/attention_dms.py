@@ -51,7 +51,7 @@ class DMSAttention(nn.Module):
         groups = config.num_key_value_heads
         self.deciding_groups = groups if settings.granularity == "head" else 1
         if settings.predictor == "linear":
-            self.dms_proj_alpha = nn.Linear(config.hidden_size, groups, bias=config.attention_bias)
+            self.dms_proj_alpha = nn.Linear(config.hidden_size, groups, bias=self.q_proj.bias is not None)
             for parameter in self.dms_proj_alpha.parameters():
                 nn.init.zeros_(parameter)  # untrained: z = -offset, nothing is evicted
             self.dms_proj_alpha_norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)

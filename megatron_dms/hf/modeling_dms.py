@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.cache_utils import DynamicCache
 from transformers.generation import StoppingCriteriaList
 from transformers.utils import logging
@@ -30,7 +30,7 @@ from .stats_dms import KVMeter, KVStats
 
 logger = logging.get_logger(__name__)
 
-# The order in which both families' base models take them, in case a caller passes them by position.
+# The order in which all families' base models take them, in case a caller passes them by position.
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
@@ -186,6 +186,14 @@ class CountingCriteria(StoppingCriteriaList):
 
 class LlamaForCausalLMDMS(DMSForCausalLM, LlamaForCausalLM):
     """Llama with DMS; also what has Llama's config and weights (SmolLM2, TinyLlama and the like)."""
+
+
+class MistralForCausalLMDMS(DMSForCausalLM, MistralForCausalLM):
+    """Mistral with DMS."""
+
+
+class Qwen2ForCausalLMDMS(DMSForCausalLM, Qwen2ForCausalLM):
+    """Qwen2 and Qwen2.5 with DMS, the R1-distilled models among them."""
 
 
 class Qwen3ForCausalLMDMS(DMSForCausalLM, Qwen3ForCausalLM):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint_models import VOCAB, edit_config, make_llama, make_qwen3
+from test_checkpoint_models import MAKERS, VOCAB, edit_config, make_llama, make_qwen3
 
 from megatron_dms import hf
 from megatron_dms.checkpoint import CheckpointError, checkpoint_args, export_hf, import_hf
@@ -50,7 +50,7 @@ def rewrite(megatron: Path, change: dict[str, torch.Tensor], args: dict, iterati
     (megatron / "latest_checkpointed_iteration.txt").write_text(str(iteration))
 
 
-@pytest.mark.parametrize("make", [make_qwen3, make_llama])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_import_then_export_gives_back_every_file_byte_for_byte(make, dtype, tmp_path: Path) -> None:
     """Catches: a cast, a swapped pair of parts, text-mode copies, a lost side file, other files."""

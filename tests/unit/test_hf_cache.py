@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from test_hf_reference import (  # noqa: F401
+    FAMILIES_AND_SETTINGS,
     KV_HEADS,
     LAYERS,
-    SETTINGS,
     held_pairs,
     one_thread,
     random_tokens,
@@ -36,14 +36,13 @@ def held(cache):
     return torch.stack([(layer.position_BGS >= 0).sum(dim=2) for layer in cache.layers])
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize(("predictor", "granularity", "window_and_lag"), SETTINGS)
+@pytest.mark.parametrize(("family", "setting"), FAMILIES_AND_SETTINGS)
 @torch.no_grad()
-def test_chunks_and_steps_equal_the_masked_forward(family, predictor, granularity, window_and_lag):
+def test_chunks_and_steps_equal_the_masked_forward(family, setting):
     """Catches, in cache_dms.py: a pair dropped one step too early, a decision lost between forwards (lag
     across a chunk border), a new pair written over a live one, a stale mark left in a reused slot; and any
     head holding a pair more or less than the definition says."""
-    window, lag = window_and_lag
+    predictor, granularity, (window, lag) = setting
     model = tiny_model(family, predictor=predictor, granularity=granularity, window=window, lag=lag)
     ids_BT = random_tokens(2, T)
     whole = model(ids_BT, use_cache=False).logits

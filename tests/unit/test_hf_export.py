@@ -58,7 +58,10 @@ def export(model, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-@pytest.mark.parametrize(("family", "predictor"), [("qwen3", "query_channel"), ("llama", "linear")])
+@pytest.mark.parametrize(
+    ("family", "predictor"),
+    [("qwen3", "query_channel"), ("llama", "linear"), ("mistral", "query_channel"), ("qwen2", "linear")],
+)
 def test_export_runs_without_the_package(family, predictor, tmp_path):
     """Catches a module missing from export_files, an import of the package in one of them, a wrong auto_map,
     and weights that do not come back."""

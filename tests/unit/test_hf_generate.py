@@ -16,6 +16,8 @@ from test_hf_reference import (  # noqa: F401
 )
 from transformers import StoppingCriteria
 
+from megatron_dms.hf import MODEL_CLASSES
+
 PROMPT, NEW = 13, 17
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}
 
@@ -49,7 +51,7 @@ def cost_by_hand(model, ids_T, prompt, produced):
     return held.sum().item(), held.max().item(), decision[:, :, lag:].sum(dim=2), seen - lag
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 @pytest.mark.parametrize("predictor", ["query_channel", "linear", "key_channel"])
 @torch.no_grad()
 def test_greedy_tokens_are_those_of_the_masked_forward(family, predictor):

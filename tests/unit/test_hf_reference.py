@@ -10,10 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config
+from transformers import CONFIG_MAPPING, LlamaForCausalLM
 
-from megatron_dms.hf import config_entries
-from megatron_dms.hf.modeling_dms import LlamaForCausalLMDMS, Qwen3ForCausalLMDMS
+from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
+from megatron_dms.hf.modeling_dms import LlamaForCausalLMDMS
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 16, 64
 WINDOWS_AND_LAGS = [(0, 0), (0, 1), (3, 0), (3, 1), (3, 3), (7, 0), (7, 1), (7, 7)]
@@ -36,7 +36,7 @@ def tiny_config(
 ):
     """GQA, head size 16, three layers; scale and offset such that a good half of the pairs is evicted."""
     entries = config_entries(family, predictor, granularity, window, lag, 1.0, offset, 0.1, 4.0)
-    config_class = {"qwen3": Qwen3Config, "llama": LlamaConfig}[family]
+    family_changes = {"mistral": {"sliding_window": None}}.get(family, {})
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -50,17 +50,17 @@ def tiny_config(
         "eos_token_id": None,
         "pad_token_id": 0,
     }
-    return config_class(**(sizes | entries | changes))
+    return CONFIG_MAPPING[family](**(sizes | family_changes | entries | changes))
 
 
 def tiny_model(family: str = "qwen3", seed: int = 0, **settings):
     """A random model in fp32 whose attention is far from uniform and whose norms are not 1."""
     config = tiny_config(family, **settings)
-    model = {"qwen3": Qwen3ForCausalLMDMS, "llama": LlamaForCausalLMDMS}[family](config).eval()
+    model = getattr(modeling_dms, MODEL_CLASSES[family])(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or name.endswith("bias"):
                 parameter.normal_(0.0, 0.3, generator=generator)
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
@@ -104,6 +104,9 @@ def reference(model, ids_T: Tensor) -> Reference:
         -torch.arange(half).double() / half
     )
 
+    def linear(y: Tensor, name: str) -> Tensor:
+        return y @ weights[name + ".weight"].T + weights.get(name + ".bias", 0.0)
+
     def norm(y: Tensor, name: str) -> Tensor:
         scaled = y / (y.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
         return scaled * weights[name + ".weight"]
@@ -117,15 +120,12 @@ def reference(model, ids_T: Tensor) -> Reference:
         name = f"model.layers.{layer}."
         attn = name + "self_attn."
         h = norm(x, name + "input_layernorm")
-        q, k, v = ((h @ weights[f"{attn}{p}_proj.weight"].T).view(T, -1, HEAD_SIZE).unbind(1) for p in "qkv")
+        q, k, v = (linear(h, f"{attn}{part}_proj").view(T, -1, HEAD_SIZE).unbind(1) for part in "qkv")
         q, k, v = list(q), list(k), list(v)
         if attn + "q_norm.weight" in weights:
             q, k = [norm(y, attn + "q_norm") for y in q], [norm(y, attn + "k_norm") for y in k]
         if config.dms_predictor == "linear":
-            raw = norm(x, attn + "dms_proj_alpha_norm") @ weights[attn + "dms_proj_alpha.weight"].T
-            if attn + "dms_proj_alpha.bias" in weights:
-                raw = raw + weights[attn + "dms_proj_alpha.bias"]
-            raw = list(raw.unbind(1))
+            raw = list(linear(norm(x, attn + "dms_proj_alpha_norm"), attn + "dms_proj_alpha").unbind(1))
         elif config.dms_predictor == "query_channel":
             raw = [q[g * group][:, -1].clone() for g in range(KV_HEADS)]
         else:
@@ -161,14 +161,22 @@ def reference(model, ids_T: Tensor) -> Reference:
     return Reference(logits, torch.tensor(decisions), margin)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize(("predictor", "granularity", "window_and_lag"), SETTINGS)
+FAMILIES_AND_SETTINGS = [
+    *itertools.product(("qwen3", "llama"), SETTINGS),
+    # what sets these apart is in their base models: one setting of each predictor shows it
+    *itertools.product(
+        ("mistral", "qwen2"), [setting for setting in SETTINGS if setting[1:] == ("head", (3, 1))]
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "setting"), FAMILIES_AND_SETTINGS)
 @torch.no_grad()
-def test_forward_is_the_definition(family, predictor, granularity, window_and_lag):
+def test_forward_is_the_definition(family, setting):
     """Catches, in attention_dms.py and sparse_attention_dms.py: a window off by one, a lag in the wrong
     direction, a decision read after the zeroing or from another head, one of the two zeroings left out, the
     linear predictor fed with the normed input, `z > 0` turned around."""
-    window, lag = window_and_lag
+    predictor, granularity, (window, lag) = setting
     model = tiny_model(family, predictor=predictor, granularity=granularity, window=window, lag=lag)
     ids_BT = random_tokens(2, 23)
     logits_BTV = model(ids_BT, use_cache=False).logits

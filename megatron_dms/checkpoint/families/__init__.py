@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 
 from megatron_dms.checkpoint.errors import CheckpointError
-from megatron_dms.checkpoint.families import llama, qwen3
+from megatron_dms.checkpoint.families import llama, mistral, qwen2, qwen3
 from megatron_dms.checkpoint.families.decoder import Family, Model
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (qwen3.FAMILY, llama.FAMILY)}
+FAMILIES: Mapping[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
+}
 
 
 def read_model(config: Mapping[str, object]) -> Model:

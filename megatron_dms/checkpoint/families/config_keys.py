@@ -21,6 +21,7 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
     "attention_dropout": (0, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
@@ -34,7 +35,8 @@ _OFF: Mapping[str, tuple[object, ...]] = {
 """Features of transformers that this project does not reproduce, with the values that mean "not in use"."""
 
 _WITHOUT_EFFECT = frozenset(
-    # sliding_window and max_window_layers act only with use_sliding_window or a layer type, both checked
+    # sliding_window and max_window_layers act only with use_sliding_window or a layer type, both checked (and
+    # in Mistral, whose family file checks it)
     "sliding_window max_window_layers initializer_range use_cache transformers_version auto_map "
     "_name_or_path bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id "
     # what older transformers dumped of PretrainedConfig: generation, outputs, tasks
@@ -60,9 +62,9 @@ def check_known(config: Config) -> None:
         )
 
 
-def check_off(config: Config) -> None:
-    """Features that are not reproduced must not be in use."""
-    for key, off in _OFF.items():
+def check_off(config: Config, of_family: Mapping[str, tuple[object, ...]]) -> None:
+    """Features that are not reproduced must not be in use: those of every family, and `of_family`."""
+    for key, off in {**_OFF, **of_family}.items():
         if key in config and config[key] not in off:
             raise CheckpointError(
                 f"config.json: {key} is {config[key]!r}, which is not supported, expected {off[0]!r}"

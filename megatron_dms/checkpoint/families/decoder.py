@@ -1,4 +1,4 @@
-"""The dense decoder that Qwen3 and Llama share: RMSNorm, grouped queries, RoPE, gated SiLU.
+"""The dense decoder that all families here share: RMSNorm, grouped queries, RoPE, gated SiLU.
 
 A family is described by what sets it apart (`Family`); config.json is read once into a `Model`, and every
 key in it is either used, checked to be off, or listed as without effect on the computation. Anything else
@@ -6,7 +6,7 @@ is an error.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_dms.checkpoint import dms
 from megatron_dms.checkpoint.errors import CheckpointError
@@ -27,16 +27,19 @@ from megatron_dms.checkpoint.transforms import (
 class Family:
     """What sets one family apart.
 
-    qk_norm: q_norm and k_norm over the head size. default_head_size: where config.json has no head_dim;
-    None means hidden / heads. qkv_bias: q, k and v have biases, the output projection has none (Megatron's
-    --add-qkv-bias).
+    qk_norm: q_norm and k_norm over the head size. default_head_size, default_groups: where config.json has no
+    head_dim or no num_key_value_heads; None means hidden / heads, and as many as heads. qkv_bias: q, k and v
+    have biases, the output projection has none (Megatron's --add-qkv-bias). off: further features that must
+    not be in use, key -> the values that mean so.
     """
 
     model_type: str
     architectures: tuple[str, ...]
     qk_norm: bool
     default_head_size: int | None
+    default_groups: int | None = None
     qkv_bias: bool = False
+    off: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
     def read(self, config: Mapping[str, object]) -> "Model":
         """Check config.json key by key; raises CheckpointError."""
@@ -47,9 +50,9 @@ class Family:
                 f"expected [{self.architectures[0]!r}]"
             )
         keys.check_known(config)
-        keys.check_off(config)
+        keys.check_off(config, self.off)
         hidden, heads = keys.count(config, "hidden_size"), keys.count(config, "num_attention_heads")
-        groups = keys.count(config, "num_key_value_heads", default=heads)
+        groups = keys.count(config, "num_key_value_heads", default=self.default_groups or heads)
         head_size = keys.count(config, "head_dim", default=self.default_head_size or hidden // heads)
         if heads % groups:
             raise CheckpointError(
@@ -67,9 +70,8 @@ class Family:
             vocab=keys.count(config, "vocab_size"),
             positions=keys.count(config, "max_position_embeddings"),
             norm_epsilon=keys.norm_epsilon(config),
-            tied=keys.flag(
-                config, "tie_word_embeddings", default=False
-            ),  # transformers' default, both families
+            # transformers' default, in all families
+            tied=keys.flag(config, "tie_word_embeddings", default=False),
             rope=rope_parameters(config),
             dtype=keys.dtype(config),
             dms=dms_fields,

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 (text): the plain decoder, default or llama3 RoPE, tied or untied."""
+"""Llama 2, 3, 3.1, 3.2 (text): the plain decoder, any RoPE, tied or untied."""
 
 from megatron_dms.checkpoint.families.decoder import Family
 

@@ -7,4 +7,5 @@ FAMILY = Family(
     architectures=("Qwen3ForCausalLM", "Qwen3ForCausalLMDMS"),  # the second is NVIDIA's DMS class
     qk_norm=True,
     default_head_size=128,  # of transformers' Qwen3Config, where config.json has no head_dim
+    default_groups=32,
 )
