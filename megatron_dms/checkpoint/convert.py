@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dms.checkpoint import export_layout
 from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.checkpoint.export_settings import Settings
 from megatron_dms.checkpoint.families import Model, read_model
 from megatron_dms.checkpoint.hf_folder import HFFolder, copy_file, side_files
 from megatron_dms.checkpoint.megatron_folder import HF, RELEASE, SOURCE, TRACKER
@@ -55,7 +56,7 @@ def import_hf(
     """
     begin = time.monotonic()
     source = HFFolder(Path(hf_dir))
-    model = read_model(source.config)
+    model = read_model(source.config, source.dms_metadata)
     rows = model.family.rows(model, model.dms)
     copies = export_layout.check_names(source, model, rows)
     counter = _Counter(len(source.infos), progress)
@@ -80,10 +81,11 @@ def export_hf(
     hf_source: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    dms_format: str | None = None,
 ) -> Report:
     """Megatron checkpoint -> HF checkpoint.
 
-    iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
+    dms_format: one of dms.FORMATS; None means that of the imported model, else megatron_dms. iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
     `<megatron_dir>/hf` if not given. Tensors are cast to the type they had on import (that of config.json,
     where that is not known), so that fp32 training of a bfloat16 model gives a bfloat16 model.
     """
@@ -91,17 +93,16 @@ def export_hf(
     tensors = MegatronTensors.open(Path(megatron_dir), iteration, hf_source)
     layout = export_layout.for_export(tensors)
     counter = _Counter(len(layout.infos), progress)
-    entries = export_layout.dms_entries(tensors)
+    settings = Settings.plan(tensors, dms_format)
     with staged_folder(Path(hf_dir), force) as out:
         for file, infos in layout.files().items():
             stream = ((name, counter.seen(tensors.read(name).to(info.dtype))) for name, info in infos.items())
             write_file(out / file, infos, stream)
         layout.write_index(out, tensors.side_folder)
         for name in side_files(tensors.side_folder):
-            if name.name not in (SOURCE, export_layout.INDEX):
+            if str(name) not in settings.replaced | {SOURCE, export_layout.INDEX}:
                 copy_file(tensors.side_folder / name, out / name)
-        if entries is not None:
-            export_layout.add_dms_files(out, tensors.config, entries)
+        settings.write(out)
     return Report(len(layout.infos), counter.bytes, time.monotonic() - begin)
 
 

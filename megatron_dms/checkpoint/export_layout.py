@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_dms import hf
-from megatron_dms.checkpoint import dms
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
 from megatron_dms.checkpoint.hf_folder import INDEX, HFFolder, copy_file, read_json
@@ -84,9 +82,11 @@ def check_names(source: HFFolder, model: Model, rows: Sequence[Row]) -> dict[str
         extra.remove(_OUTPUT)
         copies[_OUTPUT] = _EMBEDDING
     if missing or extra:
+        silent = model.dms is None and any(".dms_" in name for name in extra)
         raise CheckpointError(
             f"{source.path}: tensors missing {_some(missing)}, not expected {_some(extra)} "
             f"for this {model.family.model_type} config.json"
+            + (", which says nothing of DMS" if silent else "")
         )
     for name, shape in shapes.items():
         if source.infos[name].shape != shape:
@@ -159,24 +159,3 @@ def _split(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     if number == 0:
         return dict.fromkeys(infos, "model.safetensors")
     return {name: f"model-{n + 1:05d}-of-{number + 1:05d}.safetensors" for name, n in numbers.items()}
-
-
-def dms_entries(tensors: MegatronTensors) -> dict[str, object] | None:
-    """Keys of config.json that an export gets from args.dms; None for a base model."""
-    if tensors.dms_fields is not None:
-        return dms.config_entries(tensors.dms_fields, tensors.model.family.model_type, tensors.reached_cr)
-    if tensors.model.dms is not None:
-        raise CheckpointError(
-            f"{tensors.side_folder / 'config.json'} is a DMS model's, but {tensors.reader.folder} has no "
-            "args.dms; name the base model's folder by --hf-source"
-        )
-    return None
-
-
-def add_dms_files(out: Path, config: Mapping[str, object], entries: Mapping[str, object]) -> None:
-    """DMS keys into config.json, all others as they are, and the code that runs the model beside it."""
-    if any(key not in config or config[key] != value for key, value in entries.items()):
-        text = json.dumps({**config, **entries}, indent=2) + "\n"
-        (out / "config.json").write_text(text, encoding="utf-8")
-    for file in hf.export_files():
-        copy_file(Path(file), out / Path(file).name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_dms.checkpoint import dms
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor
 
@@ -40,10 +41,17 @@ def read_json(path: Path) -> dict[str, object]:
     return found
 
 
+def read_dms_metadata(folder: Path) -> dict[str, object] | None:
+    """dms_metadata.json of a folder, where there is one."""
+    path = folder / dms.METADATA
+    return read_json(path) if path.is_file() else None
+
+
 class HFFolder:
     """Tensors of a folder by name, read one at a time.
 
-    config: config.json, parsed. infos: name -> file, dtype, shape, in the order of the files.
+    config, dms_metadata: config.json and FastDMS's dms_metadata.json (None if it is not there), parsed.
+    infos: name -> file, dtype, shape, in the order of the files.
     Raises CheckpointError for a missing shard, a truncated file, or an index that disagrees with the files.
     """
 
@@ -56,6 +64,7 @@ class HFFolder:
             )
         self.path = path
         self.config = read_json(path / "config.json")
+        self.dms_metadata = read_dms_metadata(path)
         index, single = path / INDEX, path / _SINGLE
         if index.exists() and single.exists():
             raise CheckpointError(f"{path} has both {INDEX} and {_SINGLE}; remove the one that is stale")

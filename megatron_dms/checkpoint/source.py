@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model, read_model
-from megatron_dms.checkpoint.hf_folder import read_json
+from megatron_dms.checkpoint.hf_folder import read_dms_metadata, read_json
 from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
 from megatron_dms.checkpoint.torch_dist import Reader
 from megatron_dms.checkpoint.training_args import differences
@@ -30,7 +30,7 @@ def _reached_cr(reader: Reader, args: Namespace) -> float | None:
     An imported DMS model brings its own number (`args.dms_reached_cr`).
     """
     fields = getattr(args, "dms", None)
-    if hasattr(args, "dms_reached_cr") or not fields or "steps_per_cr" not in fields:
+    if not fields or "steps_per_cr" not in fields:  # imported, not trained here
         return getattr(args, "dms_reached_cr", None)
     try:
         config = DMSConfig.from_dict(fields)
@@ -57,6 +57,7 @@ class MegatronTensors:
     rows: list[Row]
     side_folder: Path
     config: dict[str, object]
+    dms_metadata: dict[str, object] | None
     dms_fields: Mapping[str, object] | None
     reached_cr: float | None
     places: dict[str, tuple[Row, int, int]] = field(default_factory=dict)
@@ -76,14 +77,16 @@ class MegatronTensors:
                 f"{side_folder / 'config.json'} is missing; name the model's folder by --hf-source"
             )
         config = read_json(side_folder / "config.json")
-        model = read_model(config)
+        metadata = read_dms_metadata(side_folder)
+        model = read_model(config, metadata)
         for name, found, wanted in differences(args, model.family.megatron_args(model)):
             raise CheckpointError(
                 f"{reader.folder} has {name} {found!r}, but {side_folder / 'config.json'} needs {wanted!r}"
             )
         fields = getattr(args, "dms", None)
         rows = model.family.rows(model, fields)
-        found = cls(reader, model, rows, side_folder, config, fields, _reached_cr(reader, args))
+        reached_cr = _reached_cr(reader, args)
+        found = cls(reader, model, rows, side_folder, config, metadata, fields, reached_cr)
         found._check()
         return found
 

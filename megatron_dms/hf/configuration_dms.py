@@ -15,7 +15,13 @@ GRANULARITIES = ("head", "layer")
 
 # Written by NVIDIA's exporter for its own runtime: how, never what, is computed.
 OTHER_RUNTIME_KEYS = frozenset(
-    {"dms_paged_attention_block_size", "dms_chunked_prefill", "dms_preallocate_for_tokens"}
+    {
+        "dms_paged_attention_block_size",
+        "dms_chunked_prefill",
+        "dms_preallocate_for_tokens",
+        "dms_compile_limit",
+        "dms_manual_inference_mode",
+    }
 )
 KNOWN_KEYS = frozenset(
     {
@@ -31,6 +37,8 @@ KNOWN_KEYS = frozenset(
         "dms_lag",
     }
 )
+# Without these nobody can tell what the model does; the others have a default in every format.
+NEEDED_KEYS = ("dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset")
 
 
 @dataclass(frozen=True)
@@ -91,15 +99,16 @@ class DMSSettings:
                 f"unknown DMS keys {unknown} in the model config; known are {sorted(KNOWN_KEYS)} and, for "
                 f"other runtimes, {sorted(OTHER_RUNTIME_KEYS)}: remove them or use a version that knows them"
             )
-        if "dms_window_size" not in dms:
-            raise ValueError("dms_window_size is missing from the model config: this is not a DMS checkpoint")
+        missing = [key for key in NEEDED_KEYS if key not in dms]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing from the model config: it is not a DMS checkpoint's")
         return cls(
             predictor=_predictor(dms),
             granularity=dms.get("dms_alpha_per", "head"),
             window=dms["dms_window_size"],
             lag=dms.get("dms_lag", cls.lag),
-            alpha_scale=dms.get("dms_alpha_scale", cls.alpha_scale),
-            alpha_offset=dms.get("dms_initial_alpha_offset", cls.alpha_offset),
+            alpha_scale=dms["dms_alpha_scale"],
+            alpha_offset=dms["dms_initial_alpha_offset"],
             temperature=dms.get("dms_tau", cls.temperature),
             target_cr=dms.get("dms_cr"),
             disable_eviction=dms.get("dms_disable_eviction", cls.disable_eviction),

@@ -71,7 +71,8 @@ def teacher_args(folder: str | Path) -> Namespace:
     """
     folder = Path(folder)
     if _is_hf(folder):
-        model = read_model(HFFolder(folder).config)
+        hf = HFFolder(folder)
+        model = read_model(hf.config, hf.dms_metadata)
         return Namespace(**model.family.megatron_args(model), dms=model.dms)
     if not folder.is_dir():
         raise CheckpointError(

@@ -26,6 +26,7 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+NVIDIA = {"dms_window_size": 16, "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0}
 SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -197,9 +198,11 @@ def test_rope_equals_transformers(name: str) -> None:
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"dtype": "bfloat16", "torch_dtype": "float32"}, "dtype"),
-        ({"dms_window_size": 256, "dms_magic": 1}, "dms_magic"),
+        ({**NVIDIA, "dms_magic": 1}, "dms_magic"),
+        ({"dms_window_size": 256, "dms_alpha_scale": 100.0}, "dms_initial_alpha_offset missing"),
+        ({**NVIDIA, "dms_disable_eviction": True}, "dms_disable_eviction"),
         (
-            {"dms_window_size": 256, "dms_predictor": "linear", "dms_separate_alpha": False},
+            {**NVIDIA, "dms_predictor": "linear", "dms_separate_alpha": False},
             "dms_separate_alpha",
         ),
     ],

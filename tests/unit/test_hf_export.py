@@ -160,7 +160,7 @@ def test_bad_settings_are_refused_by_name(change, message):
 
 def test_missing_window_and_unknown_family_are_refused():
     """Catches a default window for a config that is no DMS config, and an export nobody could load."""
-    with pytest.raises(ValueError, match="dms_window_size is missing"):
+    with pytest.raises(ValueError, match="dms_window_size, dms_initial_alpha_offset missing"):
         DMSSettings.from_entries({"dms_alpha_scale": 100.0})
     with pytest.raises(ValueError, match="gpt2.*qwen3"):
         config_entries("gpt2", **SETTINGS)

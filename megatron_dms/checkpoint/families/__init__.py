@@ -11,8 +11,11 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def read_model(config: Mapping[str, object]) -> Model:
-    """Check a parsed config.json against its family; raises CheckpointError for anything not understood."""
+def read_model(config: Mapping[str, object], dms_metadata: Mapping[str, object] | None = None) -> Model:
+    """Check a parsed config.json (and dms_metadata.json, where there is one) against its family.
+
+    Raises CheckpointError for anything not understood.
+    """
     model_type = config.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -20,7 +23,7 @@ def read_model(config: Mapping[str, object]) -> Model:
             f"config.json: model_type {model_type!r} is unknown, expected one of {', '.join(FAMILIES)}; "
             "a new family is one file in megatron_dms/checkpoint/families"
         )
-    return family.read(config)
+    return family.read(config, dms_metadata)
 
 
 def megatron_args(config: Mapping[str, object]) -> dict[str, object]:

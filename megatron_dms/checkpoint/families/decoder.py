@@ -41,7 +41,9 @@ class Family:
     qkv_bias: bool = False
     off: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
-    def read(self, config: Mapping[str, object]) -> "Model":
+    def read(
+        self, config: Mapping[str, object], dms_metadata: Mapping[str, object] | None = None
+    ) -> "Model":
         """Check config.json key by key; raises CheckpointError."""
         found = config.get("architectures")
         if not isinstance(found, list) or len(found) != 1 or found[0] not in self.architectures:
@@ -58,7 +60,7 @@ class Family:
             raise CheckpointError(
                 f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
             )
-        dms_fields, reached_cr = dms.from_config(config)
+        found_dms = dms.read(config, dms_metadata)
         return Model(
             family=self,
             layers=keys.count(config, "num_hidden_layers"),
@@ -74,8 +76,9 @@ class Family:
             tied=keys.flag(config, "tie_word_embeddings", default=False),
             rope=rope_parameters(config),
             dtype=keys.dtype(config),
-            dms=dms_fields,
-            reached_cr=reached_cr,
+            dms=found_dms.fields if found_dms else None,
+            reached_cr=found_dms.reached_cr if found_dms else None,
+            dms_format=found_dms.format if found_dms else None,
         )
 
     def rows(self, model: "Model", dms_fields: Mapping[str, object] | None) -> list[Row]:
@@ -173,7 +176,8 @@ class Model:
     """A checked config.json.
 
     dtype: a name of torch's ("bfloat16"), None where the file gives none. dms and reached_cr: what
-    `args.dms` and `args.dms_reached_cr` of a checkpoint will be; None for a base model.
+    `args.dms` and `args.dms_reached_cr` of a checkpoint will be, dms_format: one of dms.FORMATS; all None for
+    a base model.
     """
 
     family: Family
@@ -191,3 +195,4 @@ class Model:
     dtype: str | None
     dms: dict[str, object] | None
     reached_cr: float | None
+    dms_format: str | None
