@@ -5,22 +5,22 @@
     tools/convert.py export --hf DIR --megatron DIR     Megatron -> HF
     tools/convert.py verify --hf DIR --megatron DIR     tensors bit for bit, logits within 1e-4
 
-The last line on stdout is JSON. Bad input: one line `error: ...` on stderr, exit status 2. verify: 1 if
-they differ.
+The last line on stdout is JSON. Bad input: one line `error: ...` on stderr, exit status 2; interrupted: 130.
+verify: 1 if they differ.
 """
 
 import argparse
 import json
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from megatron_dms.checkpoint import CheckpointError, Report, export_hf, import_hf  # noqa: E402
+from megatron_dms.checkpoint.parity import CARD, LAYOUTS, verify  # noqa: E402
+from megatron_dms.checkpoint.staging import leftovers  # noqa: E402
 
 _SECONDS_BETWEEN_LINES = 2.0
 
@@ -37,14 +37,21 @@ class _Progress:
     """A line on stderr now and then; none for a conversion that is over at once."""
 
     def __init__(self) -> None:
-        self.last: float | None = None
+        self.begin = self.last = time.monotonic()
 
-    def __call__(self, done: int, total: int, size: int) -> None:
+    def __call__(self, done: int, total: int, size: int, total_size: int) -> None:
         now = time.monotonic()
-        self.last = self.last or now
         if now - self.last >= _SECONDS_BETWEEN_LINES:
             self.last = now
-            print(f"{done} of {total} tensors, {size / 1e9:.2f} GB", file=sys.stderr, flush=True)
+            rate = size / (now - self.begin)
+            _say(
+                f"{done} of {total} tensors, {size / 1e9:.1f} of {total_size / 1e9:.1f} GB, "
+                f"{rate / 1e9:.2f} GB/s, {(total_size - size) / rate:.0f} s left"
+            )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,41 +93,44 @@ def _parser() -> argparse.ArgumentParser:
                 type=int,
                 default=64,
                 metavar="N",
-                help="length of the prompts in tokens (default: 64)",
+                help="length of the prompts; for a DMS model, beyond its window (default: 64)",
+            )
+            command.add_argument(
+                "--layouts",
+                nargs="+",
+                choices=LAYOUTS,
+                default=list(LAYOUTS),
+                help="layouts of ranks at which Megatron's model runs (default: all)",
+            )
+            command.add_argument(
+                "--card",
+                type=Path,
+                metavar="FILE.json",
+                help=f"parity card to write, its table beside it as .md (default: {CARD} in --megatron)",
             )
     return parser
 
 
 def _verify(options: argparse.Namespace) -> int:
-    # on the CPU everywhere: fp32 logits do not hang on a GPU's kernels, and Megatron takes any GPU it sees
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    warnings.filterwarnings("ignore", category=UserWarning)  # Megatron's, on what is not installed
-    from megatron_dms.checkpoint.verify import LOGIT_TOLERANCE, verify  # late: imports Megatron
-
-    verdict = verify(options.hf, options.megatron, options.iteration, options.prompt_tokens)
-    equal = verdict.tensors - len(verdict.unequal)
-    print(f"{'tensors equal':24} {equal} of {verdict.tensors}")
-    for name in verdict.unequal[:10]:
-        print(f"{'  differs':24} {name}")
-    if verdict.max_abs_logit_diff is None:
-        print(f"{'logits':24} not compared: a DMS model needs the plug-in, see tests/")
-    else:
-        print(
-            f"{'largest logit difference':24} {verdict.max_abs_logit_diff:.2e} (limit {LOGIT_TOLERANCE:.0e})"
-        )
-        print(f"{'most likely token agrees':24} {verdict.argmax_agreement:.2%}")
-    result = {
-        "tensors_equal": not verdict.unequal,
-        "tensors": verdict.tensors,
-        "max_abs_logit_diff": verdict.max_abs_logit_diff,
-        "argmax_agreement": verdict.argmax_agreement,
-    }
-    print(json.dumps(result))
-    return 0 if verdict.passed else 1
+    path = options.card or options.megatron / CARD
+    card = verify(
+        options.hf,
+        options.megatron,
+        options.iteration,
+        options.prompt_tokens,
+        options.layouts,
+        path,
+        _say,
+    )
+    print(card.to_markdown())
+    print(json.dumps({**card.summary(), "card": str(path)}))
+    return 0 if card.passed else 1
 
 
 def _convert(options: argparse.Namespace) -> Report:
     progress = _Progress()
+    for folder in leftovers(options.megatron if options.command == "import" else options.hf):
+        _say(f"note: {folder} was left by a conversion that was killed; nothing reads it, delete it")
     if options.command == "import":
         return import_hf(options.hf, options.megatron, options.force, progress)
     return export_hf(
@@ -136,9 +146,22 @@ def main() -> int:
             return _verify(options)
         report = _convert(options)
     except (CheckpointError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         return 2
-    print(json.dumps({"bytes": report.bytes, "tensors": report.tensors, "seconds": round(report.seconds, 3)}))
+    except KeyboardInterrupt:
+        _say("interrupted; no output was left behind")
+        return 130
+    values = sum(report.non_finite.values())
+    if values:
+        tensors, first = len(report.non_finite), next(iter(report.non_finite))
+        _say(f"warning: {values} values in {tensors} tensors are NaN or infinite, the first in {first}")
+    result = {
+        "bytes": report.bytes,
+        "tensors": report.tensors,
+        "seconds": round(report.seconds, 3),
+        "non_finite_values": values,
+    }
+    print(json.dumps(result))
     return 0
 
 

@@ -1,17 +1,19 @@
-"""import_hf and export_hf: a checkpoint folder in, a checkpoint folder out, tensor by tensor.
+"""import_hf and export_hf: a checkpoint folder in, a checkpoint folder out, a few rows at a time.
 
-No model is built and no process group is needed. Memory: one layer of the model on import, one Megatron
-tensor on export. Outputs appear whole or not at all (staging.py).
+No model is built and no process group is needed. Memory does not grow with the model or its tensors
+(rows.py). Outputs appear whole and checked, or not at all (staging.py).
 """
 
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_dms.checkpoint import export_layout
@@ -20,14 +22,15 @@ from megatron_dms.checkpoint.export_settings import Settings
 from megatron_dms.checkpoint.families import Model, read_model
 from megatron_dms.checkpoint.hf_folder import HFFolder, copy_file, side_files
 from megatron_dms.checkpoint.megatron_folder import HF, RELEASE, SOURCE, TRACKER
-from megatron_dms.checkpoint.safetensors_file import write_file
+from megatron_dms.checkpoint.rows import Span, joined
+from megatron_dms.checkpoint.safetensors_file import TensorInfo, read_header, write_file
 from megatron_dms.checkpoint.source import MegatronTensors
-from megatron_dms.checkpoint.staging import staged_folder
+from megatron_dms.checkpoint.staging import check_apart, staged_folder
 from megatron_dms.checkpoint.torch_dist import Chunk, write
 from megatron_dms.checkpoint.transforms import MEGATRON_LAYERS, Row
 
-Progress = Callable[[int, int, int], None]
-"""Called with (tensors done, tensors in all, bytes done)."""
+Progress = Callable[[int, int, int, int], None]
+"""Called with (tensors done, tensors in all, bytes done, bytes in all)."""
 
 _EXTRA_STATE = (
     # asked for by Megatron's local layers and by Transformer Engine's
@@ -39,29 +42,50 @@ _EXTRA_STATE = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: HF tensors, their bytes, and the time it took."""
+    """What a conversion did: HF tensors, their bytes, and the time it took.
+
+    non_finite: HF name -> number of NaN and infinite values, for each tensor that has some. They are
+    converted like all others.
+    """
 
     tensors: int
     bytes: int
     seconds: float
+    non_finite: dict[str, int]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread. A piece is too small to share out, and on busy cores the threads' waiting for each
+    other was measured to take ten times as long as the conversion.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def import_hf(
     hf_dir: str | Path, megatron_dir: str | Path, force: bool = False, progress: Progress | None = None
 ) -> Report:
     """HF checkpoint -> Megatron checkpoint `<megatron_dir>/release`, which loads at any TP x PP.
 
     Every tensor keeps its type. Side files go to `<megatron_dir>/hf`. Raises CheckpointError before
-    anything is written if a name, shape, type or setting is not understood.
+    anything is written if a name, shape, type or setting is not understood, if the disk has too little room,
+    or if the two folders overlap.
     """
     begin = time.monotonic()
+    check_apart(Path(megatron_dir), Path(hf_dir))
     source = HFFolder(Path(hf_dir))
     model = read_model(source.config, source.dms_metadata)
     rows = model.family.rows(model, model.dms)
     copies = export_layout.check_names(source, model, rows)
-    counter = _Counter(len(source.infos), progress)
-    chunks = [chunk for row in rows for chunk in _chunks(source, row, model.layers, counter)]
-    with staged_folder(Path(megatron_dir), force) as out:
+    tally = _Tally(source.infos.values(), progress)
+    chunks = [chunk for row in rows for chunk in _chunks(source, row, model.layers, tally)]
+    with staged_folder(Path(megatron_dir), force, tally.total_bytes) as out:
         release = out / RELEASE
         release.mkdir()
         write(release, chunks, _extra_states(model), _common_state(model))
@@ -69,11 +93,11 @@ def import_hf(
             copy_file(source.path / name, out / HF / name)
         layout = export_layout.from_source(source, copies)
         (out / HF / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
-        (out / TRACKER).write_text(RELEASE)
-    size = sum(info.nbytes for info in source.infos.values())
-    return Report(len(source.infos), size, time.monotonic() - begin)
+        (out / TRACKER).write_text(RELEASE)  # last: without it nobody takes a folder for a checkpoint
+    return tally.report(time.monotonic() - begin)
 
 
+@_one_thread()
 def export_hf(
     megatron_dir: str | Path,
     hf_dir: str | Path,
@@ -85,50 +109,63 @@ def export_hf(
 ) -> Report:
     """Megatron checkpoint -> HF checkpoint.
 
-    dms_format: one of dms.FORMATS; None means that of the imported model, else megatron_dms. iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
-    `<megatron_dir>/hf` if not given. Tensors are cast to the type they had on import (that of config.json,
-    where that is not known), so that fp32 training of a bfloat16 model gives a bfloat16 model.
+    iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
+    `<megatron_dir>/hf` if not given. dms_format: one of dms.FORMATS; None means that of the imported model,
+    else megatron_dms. Tensors are cast to the type they had on import (that of config.json, where that is not
+    known), so that fp32 training of a bfloat16 model gives a bfloat16 model. Errors as for `import_hf`.
     """
     begin = time.monotonic()
+    check_apart(Path(hf_dir), Path(megatron_dir), *([] if hf_source is None else [Path(hf_source)]))
     tensors = MegatronTensors.open(Path(megatron_dir), iteration, hf_source)
     layout = export_layout.for_export(tensors)
-    counter = _Counter(len(layout.infos), progress)
+    tally = _Tally(layout.infos.values(), progress)
     settings = Settings.plan(tensors, dms_format)
-    with staged_folder(Path(hf_dir), force) as out:
+    with staged_folder(Path(hf_dir), force, tally.total_bytes) as out:
         for file, infos in layout.files().items():
-            stream = ((name, counter.seen(tensors.read(name).to(info.dtype))) for name, info in infos.items())
+            stream = ((name, tally.pieces(tensors.spans(name), info.dtype)) for name, info in infos.items())
             write_file(out / file, infos, stream)
+            if read_header(out / file) != infos:
+                raise CheckpointError(f"{out / file}: the header came out otherwise than planned")
         layout.write_index(out, tensors.side_folder)
         for name in side_files(tensors.side_folder):
             if str(name) not in settings.replaced | {SOURCE, export_layout.INDEX}:
                 copy_file(tensors.side_folder / name, out / name)
-        settings.write(out)
-    return Report(len(layout.infos), counter.bytes, time.monotonic() - begin)
+        settings.write(out)  # config.json last
+    return tally.report(time.monotonic() - begin)
 
 
-class _Counter:
-    """Counts HF tensors as they pass, and tells."""
+class _Tally:
+    """Looks at the pieces as they pass: counts tensors, bytes and values that are not finite, and tells."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total = total
+    def __init__(self, infos: Iterable[TensorInfo], progress: Progress | None) -> None:
+        sizes = [info.nbytes for info in infos]
+        self.total, self.total_bytes = len(sizes), sum(sizes)
         self.progress = progress
         self.done = 0
         self.bytes = 0
+        self.non_finite: dict[str, int] = {}
 
-    def seen(self, tensor: Tensor) -> Tensor:
-        self.done += 1
-        self.bytes += tensor.nbytes
+    def pieces(self, spans: list[Span], dtype: torch.dtype) -> Iterator[Tensor]:
+        """The rows of one or several whole HF tensors, cast to `dtype`."""
+        for span in spans:
+            for stored in span.pieces():
+                piece = stored.to(dtype)
+                # both are NaN if any value is; isfinite alone is 20 times slower, so it only counts
+                if not all(torch.isfinite(bound) for bound in piece.aminmax()):
+                    count = int((~piece.isfinite()).sum())
+                    self.non_finite[span.name] = self.non_finite.get(span.name, 0) + count
+                self.bytes += piece.nbytes
+                yield piece
+        self.done += len({span.name for span in spans})
         if self.progress is not None:
-            self.progress(self.done, self.total, self.bytes)
-        return tensor
+            self.progress(self.done, self.total, self.bytes, self.total_bytes)
+
+    def report(self, seconds: float) -> Report:
+        return Report(self.total, self.total_bytes, seconds, self.non_finite)
 
 
-def _chunks(source: HFFolder, row: Row, layers: int, counter: _Counter) -> Iterator[Chunk]:
-    """The tensors of one row, one per layer, to be made when the writer asks for them."""
-
-    def make(names: tuple[str, ...]) -> Tensor:
-        return row.join([counter.seen(source.read(name)) for name in names])
-
+def _chunks(source: HFFolder, row: Row, layers: int, tally: _Tally) -> Iterator[Chunk]:
+    """The tensors of one row, one per layer, to be read when the writer asks for them."""
     count = layers if row.per_layer else 1
     dtypes = {name: source.infos[name].dtype for layer in range(count) for name in row.hf_names(layer)}
     if len(set(dtypes.values())) > 1:  # the stored tensor has one type for all layers
@@ -138,9 +175,10 @@ def _chunks(source: HFFolder, row: Row, layers: int, counter: _Counter) -> Itera
         )
     dtype = next(iter(dtypes.values()))
     for layer in range(count):
-        make_layer = partial(make, row.hf_names(layer))
+        names = row.hf_names(layer)
+        spans = joined(row, names, [source.rows(name) for name in names])
         place = (layer, layers) if row.per_layer else (None, None)
-        yield Chunk(row.megatron, row.megatron_shape, dtype, make_layer, *place)
+        yield Chunk(row.megatron, row.megatron_shape, dtype, partial(tally.pieces, spans, dtype), *place)
 
 
 def _extra_states(model: Model) -> Iterator[str]:

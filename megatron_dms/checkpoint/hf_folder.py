@@ -5,11 +5,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_dms.checkpoint import dms
 from megatron_dms.checkpoint.errors import CheckpointError
-from megatron_dms.checkpoint.safetensors_file import TensorInfo, read_header, read_tensor
+from megatron_dms.checkpoint.rows import FileRows, read_all
+from megatron_dms.checkpoint.safetensors_file import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -100,7 +102,21 @@ class HFFolder:
 
     def read(self, name: str) -> Tensor:
         """One tensor; only its own bytes are read."""
-        return read_tensor(self.path / self.infos[name].file, name)
+        return read_all(self.rows(name))
+
+    def rows(self, name: str) -> FileRows:
+        """One tensor, to be read row by row."""
+        info = self.infos[name]
+        return FileRows(self.path / info.file, info.offset, info.dtype, info.shape)
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """A part of one tensor; only its own bytes are read."""
+        path = self.path / self.infos[name].file
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return file.get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot read {name}: {error}") from error
 
 
 def side_files(folder: Path) -> Iterator[Path]:

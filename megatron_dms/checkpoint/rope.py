@@ -166,7 +166,8 @@ def _yarn_frequencies(rope: Mapping[str, str | float], periods: torch.Tensor) ->
     if first == last:
         last += 0.001  # as transformers does, against a division by zero
     slowed = ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
-    return slowed / (float(rope["factor"]) * periods) + (1 - slowed) / periods
+    kept = 1 - slowed  # from here as transformers rounds: at position 131071 an ulp of a frequency shows
+    return 1.0 / (float(rope["factor"]) * periods) * (1 - kept) + 1.0 / periods * kept
 
 
 def set_rope(model: "GPTModel", rope: Mapping[str, str | float]) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model, read_model
 from megatron_dms.checkpoint.hf_folder import read_dms_metadata, read_json
 from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
+from megatron_dms.checkpoint.rows import Span, part_of
 from megatron_dms.checkpoint.torch_dist import Reader
 from megatron_dms.checkpoint.training_args import differences
 from megatron_dms.checkpoint.transforms import Row, Vocabulary
@@ -19,9 +21,6 @@ from megatron_dms.config import DMSConfig
 
 _NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*\._extra_state\b")
 """Keys of tensors in a training checkpoint that belong to the run, not to the model."""
-
-_KEPT = 2
-"""Fused tensors in memory: a layer has two (QKV and gate-up), and files list a layer's tensors by name."""
 
 
 def _reached_cr(reader: Reader, args: Namespace) -> float | None:
@@ -61,7 +60,6 @@ class MegatronTensors:
     dms_fields: Mapping[str, object] | None
     reached_cr: float | None
     places: dict[str, tuple[Row, int, int]] = field(default_factory=dict)
-    _fused: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -118,17 +116,15 @@ class MegatronTensors:
         """Type under which the checkpoint holds an HF tensor."""
         return self.reader.tensors[self.places[name][0].megatron].properties.dtype
 
-    def read(self, name: str) -> Tensor:
-        """One HF tensor, in the stored type. The latest fused tensors are kept, for their parts are read
-        apart.
-        """
+    def spans(self, name: str) -> list[Span]:
+        """One HF tensor in the stored type, to be read row by row."""
         row, layer, part = self.places[name]
-        key = (row.megatron, layer)
-        if key in self._fused:
-            return self._fused[key][part]
-        while len(self._fused) >= _KEPT:
-            del self._fused[next(iter(self._fused))]  # the oldest; let go before the next is read
-        parts = row.split(self.reader.tensor(row.megatron, layer if row.per_layer else None))
-        if len(parts) > 1:
-            self._fused[key] = parts
-        return parts[part]
+        stored = self.reader.rows(row.megatron, layer if row.per_layer else None)
+        if isinstance(row, Vocabulary):
+            row.split(torch.empty(stored.shape, device="meta"))  # refuses one with rows missing
+        return part_of(row, part, name, stored)
+
+    def read(self, name: str) -> Tensor:
+        """One HF tensor, in the stored type."""
+        pieces = [piece.clone() for span in self.spans(name) for piece in span.pieces()]
+        return torch.cat(pieces)

@@ -1,5 +1,13 @@
-"""Outputs appear whole or not at all: a folder is filled beside its place and renamed at the end."""
+"""Outputs appear whole or not at all: a folder is filled beside its place and renamed at the end.
 
+What a kill -9 leaves is a folder `<target>.partial-<pid>`, and at the target either the old output or the new
+one, whole. A partial folder lacks the file without which no reader takes it (`_MARKS`): writers put that one
+last, and it is the first to go when a folder is removed. fsync is not called: a power cut soon after the end
+may lose an output, whose source is still there, and cost time on every conversion otherwise.
+"""
+
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,37 +16,105 @@ from pathlib import Path
 
 from megatron_dms.checkpoint.errors import CheckpointError
 
+_MARKS = ("config.json", "latest_checkpointed_iteration.txt")
+"""Files that make a folder a checkpoint: transformers' and Megatron's."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
+
+
+def check_apart(target: Path, *inputs: Path) -> None:
+    """Raises CheckpointError if the output is an input, lies inside one or contains one: replacing it would
+    destroy what is read. Links are followed.
+    """
+    out = target.resolve()
+    for given in inputs:
+        path = given.resolve()
+        if out == path or out in path.parents or path in out.parents:
+            where = "is" if out == path else "contains" if out in path.parents else "lies inside"
+            raise CheckpointError(f"the output {target} {where} the input {given}; choose another output")
+
+
+def leftovers(target: Path) -> list[Path]:
+    """Folders that killed runs left beside `target`; those of runs still alive on this machine are not
+    listed.
+    """
+    target = target.resolve()
+    found = []
+    for kind in ("partial", "replaced"):
+        prefix = f"{target.name}.{kind}-"
+        for path in target.parent.iterdir() if target.parent.is_dir() else ():
+            pid = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and pid.isdecimal() and not Path("/proc", pid).exists():
+                found.append(path)
+    return sorted(found)
+
 
 @contextmanager
-def staged_folder(target: Path, force: bool) -> Iterator[Path]:
+def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
     """A new folder `<target>.partial-<pid>` that takes the place of `target` if the block succeeds.
 
-    An existing target that is not empty is refused before any work, unless `force`: then it is replaced,
-    after success only. On failure, an interrupt included, nothing is left behind and the old target is
-    untouched.
+    size: bytes that the output will have at least; refused at once if the disk has fewer. An existing target
+    that is not empty is refused before any work, unless `force`: then it is replaced, after success only. On
+    failure, an interrupt included, nothing is left behind and the old target is untouched.
     """
-    target = Path(os.path.abspath(target))
+    target = target.resolve()
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} exists and is no folder; choose another output")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise CheckpointError(f"{target} is not empty; choose another output, or replace it with --force")
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    parents = [path for path in partial.parents if not path.exists()]
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(f"cannot make {partial}: {error.strerror}") from error
     try:
+        free = shutil.disk_usage(partial).free
+        if free < size:
+            raise CheckpointError(
+                f"disk full: {target} needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room or "
+                "choose another disk"
+            )
         yield partial
-        if target.exists():
-            target.rename(replaced)
-        try:
-            partial.rename(target)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
+        _take_place(partial, target)
+    except OSError as error:
+        if error.errno not in _FULL:
             raise
+        raise CheckpointError(
+            f"disk full: {target} could not be written ({error.strerror}); make room or choose another disk"
+        ) from error
+    finally:
+        _remove(partial)  # gone already, unfinished, or by now the old output
+        if not target.exists():
+            for path in parents:
+                path.rmdir()
+
+
+def _take_place(partial: Path, target: Path) -> None:
+    """Rename; an existing target and `partial` change places in one step, so that neither is ever missing.
+
+    Where the system or the file system cannot do that (Linux' renameat2 can, on ext4, xfs, btrfs and tmpfs),
+    the old output is moved aside to `.replaced-<pid>` first: a kill between the two renames leaves it there.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        partial.rename(target)
+        return
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    paths = (os.fsencode(partial), os.fsencode(target))
+    if renameat2 and renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return
+    replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    target.rename(replaced)
+    try:
+        partial.rename(target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        replaced.rename(target)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that no reader takes what is left of it if this is killed."""
+    for name in _MARKS:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

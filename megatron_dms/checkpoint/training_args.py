@@ -5,7 +5,7 @@ checked on megatron-core 0.19.2). Norm epsilon, query and key norms, the vocabul
 in the list, and the tokenizer is built before anybody could add them. So the checkpoint's values become the
 parser's defaults instead (no `--use-checkpoint-args` then), and a flag that says otherwise is an error:
 
-    def extra_args_provider(parser): ...; set_parser_defaults(parser, checkpoint, megatron_dir); return parser
+    def extra_args_provider(parser): ...; set_parser_defaults(parser, checkpoint, hf); return parser
     args = parse_and_validate_args(extra_args_provider)
     set_model_args(args, checkpoint); check_model_args(args, checkpoint)
     ... build the model ...; set_rope(model, args.rope_parameters)
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megatron_dms.checkpoint.errors import CheckpointError
-from megatron_dms.checkpoint.megatron_folder import HF
 from megatron_dms.checkpoint.rope import attention_factor
 
 ARCHITECTURE = (
@@ -45,10 +44,10 @@ def differences(args: Namespace, expected: Mapping[str, object]) -> Iterator[tup
             yield name, found, wanted
 
 
-def set_parser_defaults(parser: ArgumentParser, checkpoint: Namespace, megatron_dir: str | Path) -> None:
+def set_parser_defaults(parser: ArgumentParser, checkpoint: Namespace, tokenizer_folder: Path) -> None:
     """Make the checkpoint's model the default of Megatron's parser, in place; flags still win.
 
-    checkpoint: of `checkpoint_args`. The tokenizer's default is the one stored in `megatron_dir`, where
+    checkpoint: of `checkpoint_args`. tokenizer_folder: of the HF files; its tokenizer is the default, where
     there is one.
     """
     stored = vars(checkpoint)
@@ -56,9 +55,8 @@ def set_parser_defaults(parser: ArgumentParser, checkpoint: Namespace, megatron_
     parser.set_defaults(**{name: stored[name] for name in names if stored.get(name) is not None})
     if attention_factor(stored.get("rope_parameters") or {}) != 1.0:
         parser.set_defaults(apply_rope_fusion=False)  # the fused kernel has no such factor
-    folder = Path(megatron_dir) / HF
-    if (folder / "tokenizer_config.json").is_file():
-        parser.set_defaults(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(folder))
+    if (tokenizer_folder / "tokenizer_config.json").is_file():
+        parser.set_defaults(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tokenizer_folder))
 
 
 def set_model_args(args: Namespace, checkpoint: Namespace) -> None:

@@ -1,15 +1,17 @@
 """Rows of a name table: how tensors of an HF checkpoint become one tensor of a Megatron checkpoint, and back.
 
-A row is written once, for the direction HF -> Megatron (`join`); the way back (`split`) belongs to the same
-row, so a family file states its names and shapes a single time. All tensors are whole: neither tensor
-parallelism nor pipeline stages appear here, because a torch_dist checkpoint holds global tensors.
+A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, its inverse
+`split`, and the slice that one rank needs are derived from it, so a family file states its names and shapes a
+single time. All tensors are whole: neither tensor parallelism nor pipeline stages appear here, because a
+torch_dist checkpoint holds global tensors.
 
 Shapes: H hidden, F feed-forward, N query heads, G query groups, D head size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,14 @@ from megatron_dms.checkpoint.errors import CheckpointError
 Shape = tuple[int, ...]
 MEGATRON_LAYERS = "decoder.layers."
 HF_LAYERS = "model.layers.{layer}."
+
+
+class Segment(NamedTuple):
+    """Rows [start, stop) of one part."""
+
+    part: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -44,33 +54,46 @@ class Row(ABC):
         return tuple(name.format(layer=layer) for name in self.hf)
 
     @property
-    @abstractmethod
     def megatron_shape(self) -> Shape:
         """Shape of the joined tensor, without the layer axis."""
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     @abstractmethod
+    def segments(self) -> Iterator[Segment]:
+        """The parts' rows in their order within the joined tensor, all of them."""
+
+    def segments_within(self, start: int, stop: int) -> Iterator[Segment]:
+        """What rows [start, stop) of the joined tensor are made of."""
+        position = 0
+        for part, first, last in self.segments():
+            begin = max(start - position, 0)
+            end = min(stop - position, last - first)
+            if begin < end:
+                yield Segment(part, first + begin, first + end)
+            position += last - first
+
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """HF parts -> Megatron tensor."""
+        """HF parts -> Megatron tensor (one part: itself)."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([parts[part][start:stop] for part, start, stop in self.segments()])
 
-    @abstractmethod
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """Megatron tensor -> HF parts: the inverse of `join`, bit for bit."""
+        pieces: list[list[Tensor]] = [[] for _ in self.shapes]  # of each part, in its own order
+        position = 0
+        for part, start, stop in self.segments():
+            pieces[part].append(tensor[position : position + stop - start])
+            position += stop - start
+        return tuple(found[0] if len(found) == 1 else torch.cat(found) for found in pieces)
 
 
 @dataclass(frozen=True)
 class Rename(Row):
     """The same tensor under another name."""
 
-    @property
-    def megatron_shape(self) -> Shape:
-        return self.shapes[0]
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        (tensor,) = parts
-        return tensor
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return (tensor,)
+    def segments(self) -> Iterator[Segment]:
+        yield Segment(0, 0, self.shapes[0][0])
 
 
 @dataclass(frozen=True)
@@ -96,15 +119,9 @@ class Vocabulary(Rename):
 class Stack(Row):
     """Parts one below the other: linear_fc1 = [gate; up], each [F, H]."""
 
-    @property
-    def megatron_shape(self) -> Shape:
-        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.split(tensor, [shape[0] for shape in self.shapes]))
+    def segments(self) -> Iterator[Segment]:
+        for part, shape in enumerate(self.shapes):
+            yield Segment(part, 0, shape[0])
 
 
 @dataclass(frozen=True)
@@ -117,20 +134,9 @@ class FusedQKV(Row):
     """
 
     groups: int
-    head_size: int
 
-    @property
-    def megatron_shape(self) -> Shape:
-        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
-
-    def _grouped(self, part: Tensor) -> Tensor:
-        """[heads·D, ...] -> [G, heads/G, D, ...]"""
-        return part.reshape(self.groups, -1, self.head_size, *part.shape[1:])
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self._grouped(part) for part in parts], dim=1).reshape(self.megatron_shape)
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        heads = [shape[0] // (self.groups * self.head_size) for shape in self.shapes]  # per group: N/G, 1, 1
-        parts = torch.split(self._grouped(tensor), heads, dim=1)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True))
+    def segments(self) -> Iterator[Segment]:
+        for group in range(self.groups):
+            for part, shape in enumerate(self.shapes):
+                rows = shape[0] // self.groups  # of a group: N/G · D queries, D keys, D values
+                yield Segment(part, group * rows, (group + 1) * rows)

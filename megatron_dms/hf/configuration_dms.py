@@ -101,7 +101,8 @@ class DMSSettings:
             )
         missing = [key for key in NEEDED_KEYS if key not in dms]
         if missing:
-            raise ValueError(f"{', '.join(missing)} missing from the model config: it is not a DMS checkpoint's")
+            names = ", ".join(missing)
+            raise ValueError(f"{names} missing from the model config: it is not a DMS checkpoint's")
         return cls(
             predictor=_predictor(dms),
             granularity=dms.get("dms_alpha_per", "head"),

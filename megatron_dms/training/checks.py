@@ -5,10 +5,12 @@ Every check raises StartupError with one line that says what was found, what was
 
 import sys
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dms.config import DMSConfig
+
+if TYPE_CHECKING:
+    from megatron_dms.training.weights import Weights
 
 _ANOTHER_MODEL = "it would be another model than the checkpoint's"
 _UNEVEN = "stages must hold equally many layers"
@@ -78,46 +80,48 @@ def check_positive(args: Namespace) -> None:
             raise StartupError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
 
 
-def check_checkpoint(
-    args: Namespace, dms: DMSConfig, stored: Namespace, folder: Path, continues: bool
-) -> None:
+def check_checkpoint(args: Namespace, dms: DMSConfig, start: "Weights", continues: bool) -> None:
     """Compare flags with the checkpoint's model and DMS settings."""
     from megatron_dms.checkpoint import check_model_args, set_model_args
 
-    check_model_args(args, stored)
-    set_model_args(args, stored)
+    check_model_args(args, start.args)
+    set_model_args(args, start.args)
     if args.seq_length is None or args.seq_length > args.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the model has {args.max_position_embeddings} positions "
             "(max_position_embeddings); use a shorter --seq-length"
         )
-    if getattr(stored, "dms", None):
+    stored = getattr(start.args, "dms", None)
+    if stored:
         try:
-            dms.check_against(stored.dms, resuming=continues)
+            dms.check_against(stored, resuming=continues)
         except ValueError as error:
-            raise StartupError(f"{error} ({folder})") from error
+            raise StartupError(f"{error} ({start.folder})") from error
     elif continues:
-        raise StartupError(f"{folder} was trained without DMS; add --finetune to start a retrofit from it")
-
-
-def check_start(dms: DMSConfig, stored: dict[str, Any] | None, folder: Path, iteration: int) -> None:
-    """A new retrofit does not start with a half-faded channel; stored: the checkpoint's DMS settings."""
-    if not dms.borrows_channel or dms.zeroing_steps:
-        return
-    zeroing = (stored or {}).get("zeroing_steps", 0)
-    if zeroing and iteration <= zeroing:
         raise StartupError(
-            f"{folder} was saved at step {iteration}, within its zeroing phase of {zeroing} steps; start "
-            f"from a later one, or use --dms-zeroing-steps {zeroing}"
+            f"{start.folder} was trained without DMS; add --finetune to start a retrofit from it"
         )
 
 
-def warn_if_not_zeroed(dms: DMSConfig, stored: Namespace, folder: Path) -> None:
+def check_start(dms: DMSConfig, start: "Weights") -> None:
+    """A new retrofit does not start with a half-faded channel."""
+    if not dms.borrows_channel or dms.zeroing_steps:
+        return
+    zeroing = (getattr(start.args, "dms", None) or {}).get("zeroing_steps", 0)
+    if zeroing and start.iteration <= zeroing:
+        raise StartupError(
+            f"{start.folder} was saved at step {start.iteration}, within its zeroing phase of {zeroing} "
+            f"steps; start from a later one, or use --dms-zeroing-steps {zeroing}"
+        )
+
+
+def warn_if_not_zeroed(dms: DMSConfig, start: "Weights") -> None:
     """Say that a base model's channel is about to be cut out of attention."""
-    if dms.borrows_channel and not dms.zeroing_steps and not getattr(stored, "dms", None):
+    if dms.borrows_channel and not dms.zeroing_steps and not getattr(start.args, "dms", None):
         print(
-            f"warning: {folder} was never retrofitted and --dms-zeroing-steps is 0: the {dms.predictor} is "
-            "cut out of attention at once and evicts at random until it has learned: expect a loss spike",
+            f"warning: {start.folder} was never retrofitted and --dms-zeroing-steps is 0: the "
+            f"{dms.predictor} is cut out of attention at once and evicts at random until it has learned: "
+            "expect a loss spike",
             file=sys.stderr,
         )
 
@@ -166,7 +170,7 @@ def check_training(args: Namespace, dms: DMSConfig) -> None:
 
 def check_teacher(args: Namespace, dms: DMSConfig) -> None:
     """The teacher is there, dense, of the same vocabulary, and fits the layout and the sequence length."""
-    from megatron_dms.training.build import imported_teacher, teacher_args
+    from megatron_dms.training.weights import open_weights
 
     if dms.teacher is None:
         raise StartupError(
@@ -175,8 +179,7 @@ def check_teacher(args: Namespace, dms: DMSConfig) -> None:
         )
     if dms.teacher == "self":
         return
-    teacher: Any = teacher_args(dms.teacher)
-    imported_teacher(dms.teacher, args.save)
+    teacher: Any = open_weights(dms.teacher).args
     if teacher.vocab_size != args.vocab_size:
         raise StartupError(
             f"the teacher {dms.teacher} has a vocabulary of {teacher.vocab_size}, the student has "

@@ -7,18 +7,20 @@ architecture, the data, the teacher. Each error is one line, before any process 
 
 import argparse
 import difflib
-import shutil
 import traceback
 from argparse import Namespace
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_dms.arguments import add_dms_arguments, dms_config_from_args
 from megatron_dms.config import DMSConfig, flag_of
 from megatron_dms.training import checks
 from megatron_dms.training.checks import StartupError
+
+if TYPE_CHECKING:
+    from megatron_dms.training.weights import Weights
 
 
 def check_dms_flags(argv: list[str]) -> DMSConfig:
@@ -48,11 +50,11 @@ class _OneLineParser(argparse.ArgumentParser):
         raise StartupError(message)
 
 
-def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
+def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
     """All flags, completed by the architecture of the checkpoint to start from, checked and made global.
 
     Returns:
-        The arguments, and the checkpoint whose weights a new retrofit starts from. That one is ours to load:
+        The arguments, and the weights that a new retrofit starts from. Those are ours to load:
         Megatron's loading insists on every tensor of the model, and a base model has no linear predictor.
         None if Megatron resumes a retrofit from --load.
 
@@ -63,19 +65,18 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
     from megatron.training.global_vars import set_global_variables
 
     from megatron_dms.checkpoint import CheckpointError
-    from megatron_dms.checkpoint.megatron_folder import open_checkpoint
+    from megatron_dms.checkpoint.megatron_folder import HF
     from megatron_dms.training.data_arguments import validate_data_args
     from megatron_dms.training.token_files import DataError
 
     try:
         args = parse_args(_prepare_parser)
-        folder, continues = starting_point(args)
-        reader, stored = open_checkpoint(folder, args.ckpt_step)
+        start, continues = starting_point(args)
         checks.check_supported(args)
         checks.check_positive(args)
-        checks.check_checkpoint(args, dms, stored, folder, continues)
+        checks.check_checkpoint(args, dms, start, continues)
         if not continues:
-            checks.check_start(dms, getattr(stored, "dms", None), folder, reader.common()["iteration"])
+            checks.check_start(dms, start)
         validate_data_args(args)
         checks.check_layout(args, args)
         checks.check_training(args, dms)
@@ -85,7 +86,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
     args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
     if not continues:
         args.pretrained_checkpoint = None
-        args.load = None if args.load and Path(args.load) == folder else args.load
+        args.load = None if args.load and Path(args.load) == start.folder else args.load
     try:
         validate_args(args, {})
         set_global_variables(args)
@@ -93,20 +94,25 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, Path | None]:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
         raise StartupError(f"Megatron refuses these flags: {said}") from error
     if args.rank == 0:
-        checks.warn_if_not_zeroed(dms, stored, folder)
-        if args.save:
-            _carry_hf_files(folder, Path(args.save))
-    return args, None if continues else folder
+        checks.warn_if_not_zeroed(dms, start)
+        if args.save and not (Path(args.save) / HF).exists():
+            start.carry_hf_files(Path(args.save))
+    return args, None if continues else start
 
 
 def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the DMS flags; take defaults from the checkpoint's model, this project and the CPU platform."""
-    from megatron_dms.checkpoint import checkpoint_args, set_parser_defaults
+    from megatron_dms.checkpoint import set_parser_defaults
     from megatron_dms.platform import cpu
     from megatron_dms.platform.wheel import LOCAL_DEFAULTS
 
     parser.error = _raise_startup_error
     add_dms_arguments(parser)
+    parser.add_argument(
+        "--load-hf",
+        metavar="DIR",
+        help="start a retrofit from the weights of this HF folder, without a conversion before",
+    )
     parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
     if find_spec("transformer_engine") is None:
         parser.set_defaults(**LOCAL_DEFAULTS)
@@ -115,8 +121,8 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if cpu.installed():
         parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
     early, _ = parser.parse_known_args()
-    folder, _ = starting_point(early)
-    set_parser_defaults(parser, checkpoint_args(folder, early.ckpt_step), folder)
+    start, _ = starting_point(early)
+    set_parser_defaults(parser, start.args, start.tokenizer_folder)
     return parser
 
 
@@ -124,32 +130,40 @@ def _raise_startup_error(message: str) -> NoReturn:
     raise StartupError(message)
 
 
-def starting_point(args: Namespace) -> tuple[Path, bool]:
-    """The checkpoint that Megatron will load, and whether training goes on there (False: starts anew)."""
-    from megatron_dms.checkpoint.megatron_folder import RELEASE, TRACKER
+def starting_point(args: Namespace) -> tuple["Weights", bool]:
+    """What the run's weights are, and whether training goes on there (False: starts anew).
 
-    for folder, continues in ((args.load, not args.finetune), (args.pretrained_checkpoint, False)):
-        if folder and (Path(folder) / TRACKER).is_file():
-            release = (Path(folder) / TRACKER).read_text().strip() == RELEASE
-            return Path(folder), continues and not release
+    A retrofit that was begun is resumed, whatever it started from: the same command line does both.
+    """
+    from megatron_dms.checkpoint.megatron_folder import RELEASE, TRACKER
+    from megatron_dms.training.weights import HFWeights, MegatronWeights
+
+    def finished(folder: str | None) -> bool:
+        return bool(folder) and (Path(folder) / TRACKER).is_file()
+
+    if finished(args.load):
+        continues = not args.finetune and (Path(args.load) / TRACKER).read_text().strip() != RELEASE
+        if continues or not args.load_hf:
+            return MegatronWeights(Path(args.load), args.ckpt_step), continues
+    given = {
+        "--load-hf": args.load_hf,
+        "--pretrained-checkpoint": args.pretrained_checkpoint,
+        "--load": args.load if finished(args.load) else None,
+    }
+    names = [f"{flag} {folder}" for flag, folder in given.items() if folder]
+    if args.load_hf and len(names) > 1:
+        raise StartupError(f"{' and '.join(names)}: a retrofit starts from one of them; drop the other")
+    if args.load_hf:
+        return HFWeights(Path(args.load_hf)), False
+    if finished(args.pretrained_checkpoint):
+        return MegatronWeights(Path(args.pretrained_checkpoint), args.ckpt_step), False
     wanted = [folder for folder in (args.load, args.pretrained_checkpoint) if folder]
     if not wanted:
         raise StartupError(
-            "no checkpoint to start from: give --pretrained-checkpoint DIR (or --load DIR), a folder written "
-            "by tools/convert.py import"
+            "no checkpoint to start from: give --load-hf DIR (a HF folder), or --pretrained-checkpoint DIR "
+            "(or --load DIR), a folder written by tools/convert.py import"
         )
     raise StartupError(
         f"no finished checkpoint in {' or '.join(wanted)} (latest_checkpointed_iteration.txt is missing); "
         "import one with tools/convert.py import"
     )
-
-
-def _carry_hf_files(source: Path, save: Path) -> None:
-    """Copy the HF side files (config.json, tokenizer, ...) beside the new checkpoints: export needs them."""
-    from megatron_dms.checkpoint.megatron_folder import HF
-    from megatron_dms.checkpoint.staging import staged_folder
-
-    if (source / HF).is_dir() and not (save / HF).exists():
-        save.mkdir(parents=True, exist_ok=True)
-        with staged_folder(save / HF, force=False) as staged:
-            shutil.copytree(source / HF, staged, dirs_exist_ok=True)

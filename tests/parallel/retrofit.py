@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, SEQUENCE, WINDOW = 131, 50, 7  # odd on purpose; 131 is padded differently at TP 1 and TP 2
@@ -49,11 +48,12 @@ class Workspace:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         return [
             *(*launcher, "--master-port", str(_free_port()), str(ROOT / "pretrain_dms.py"), *FLAGS),
-            *("--train-data-path", str(self.data), "--pretrained-checkpoint", str(self.base)),
+            *("--train-data-path", str(self.data)),
+            *_defaults("--pretrained-checkpoint", str(self.base), flags),
             *_defaults("--dms-teacher", str(self.base), flags),
             *_defaults("--micro-batch-size", "2", flags),
             *_defaults("--global-batch-size", "4", flags),
-            *flags,
+            *(flag for flag in flags if not flag.startswith("no--")),
         ]
 
     def run(self, name: str, processes: int, *flags: str) -> dict[str, list[float]]:
@@ -77,7 +77,8 @@ def environment() -> dict[str, str]:
 
 
 def _defaults(flag: str, value: str, given: tuple[str, ...]) -> list[str]:
-    return [] if flag in given else [flag, value]
+    """The flag, unless it is given, or `no--flag` is."""
+    return [] if flag in given or f"no{flag}" in given else [flag, value]
 
 
 def _free_port() -> int:
@@ -99,15 +100,15 @@ def make_base(workspace: Workspace) -> None:
     """A random Qwen3 (GQA 4 / 2, q- and k-norm, tied) with its import, and a teacher of another size."""
     from megatron_dms.checkpoint import import_hf
 
-    _save_qwen3(workspace.hf)
+    save_qwen3(workspace.hf)
     import_hf(workspace.hf, workspace.base)
-    _save_qwen3(
+    save_qwen3(
         workspace.other_teacher,
         **{"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": False},
     )
 
 
-def _save_qwen3(folder: Path, **changes: object) -> None:
+def save_qwen3(folder: Path, **changes: object) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(7)
@@ -145,6 +146,8 @@ def _save_tokenizer(folder: Path) -> None:
 
 def make_data(workspace: Workspace) -> None:
     """Documents of many lengths, so that padding and the loss mask matter."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
     generator = np.random.default_rng(11)
     tokens = IndexedDatasetBuilder(f"{workspace.data}.bin", dtype=np.uint16)
     masks = IndexedDatasetBuilder(f"{workspace.data}_loss_mask.bin", dtype=np.uint8)

@@ -157,7 +157,7 @@ def test_a_failure_half_way_leaves_the_old_output_as_it_was(
     with pytest.raises(CheckpointError, match="--force"):
         import_hf(copies / "hf", out)
 
-    def fail(done: int, total: int, size: int) -> None:
+    def fail(done: int, total: int, size: int, all_bytes: int) -> None:
         if done == total // 2:
             assert [path.name.split("-")[0] for path in tmp_path.glob("out.*")] == ["out.partial"]
             raise KeyboardInterrupt
@@ -202,7 +202,7 @@ def test_a_run_gets_the_checkpoints_model_and_contradictions_are_errors(copies: 
     parser.add_argument("--norm-epsilon", dest="layernorm_epsilon", type=float, default=1e-5)
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=8)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=2)
-    set_parser_defaults(parser, checkpoint, copies / "megatron")
+    set_parser_defaults(parser, checkpoint, copies / "megatron/hf")
     args = parser.parse_args([])
     args.padded_vocab_size = 128  # as Megatron would count it from a tokenizer of 120 tokens
     set_model_args(args, checkpoint)

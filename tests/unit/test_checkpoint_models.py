@@ -44,7 +44,7 @@ def make_qwen3(folder: Path, dtype: torch.dtype = torch.float32, **changes: obje
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**{**SHAPE, "head_dim": 16, "tie_word_embeddings": True, **changes})
-    return _save(Qwen3ForCausalLM(config), folder, dtype)
+    return save(Qwen3ForCausalLM(config), folder, dtype)
 
 
 def make_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
@@ -54,7 +54,7 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: obje
     config = LlamaConfig(
         **{**SHAPE, "tie_word_embeddings": False, "rope_parameters": dict(LLAMA3), **changes}
     )
-    return _save(LlamaForCausalLM(config), folder, dtype, max_shard_size="40KB")
+    return save(LlamaForCausalLM(config), folder, dtype, max_shard_size="40KB")
 
 
 def make_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
@@ -63,7 +63,7 @@ def make_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changes: ob
 
     shape = {"num_attention_heads": 6, "head_dim": 8, "sliding_window": None}
     config = MistralConfig(**{**SHAPE, **shape, "rope_parameters": dict(YARN), **changes})
-    return _save(MistralForCausalLM(config), folder, dtype)
+    return save(MistralForCausalLM(config), folder, dtype)
 
 
 def make_qwen2(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
@@ -71,13 +71,13 @@ def make_qwen2(folder: Path, dtype: torch.dtype = torch.float32, **changes: obje
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**{**SHAPE, "tie_word_embeddings": True, "rope_parameters": dict(LINEAR), **changes})
-    return _save(Qwen2ForCausalLM(config), folder, dtype, max_shard_size="40KB")
+    return save(Qwen2ForCausalLM(config), folder, dtype, max_shard_size="40KB")
 
 
 MAKERS = {"llama": make_llama, "mistral": make_mistral, "qwen2": make_qwen2, "qwen3": make_qwen3}
 
 
-def _save(model: torch.nn.Module, folder: Path, dtype: torch.dtype, **options: object) -> Path:
+def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype, **options: object) -> Path:
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" in name:
@@ -146,11 +146,11 @@ def test_rope_equals_transformers(name: str) -> None:
     rope = read_model({**BASE, "hidden_size": 512, "rope_parameters": given}).rope
     found = inverse_frequencies(rope, 128)
     if kind == "default":
-        expected, factor = 1.0 / 5e5 ** (torch.arange(0, 128, 2) / 128), 1.0
+        expected, factor = 1.0 / 5e5 ** (torch.arange(0, 128, 2).float() / 128), 1.0
     else:
         assert isinstance(config, RotaryEmbeddingConfigMixin)
         expected, factor = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert torch.equal(found, expected)
     assert attention_factor(rope) == pytest.approx(factor, rel=1e-12)
     if kind in ("llama3", "yarn") and "original_max_position_embeddings" in given:
         plain = inverse_frequencies(ROPES["default"] | {"rope_theta": 10000.0}, 128)

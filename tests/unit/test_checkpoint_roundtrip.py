@@ -1,6 +1,7 @@
 """import then export: every byte comes back; the fused layouts against loops of their own."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -10,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint_models import MAKERS, VOCAB, edit_config, make_llama, make_qwen3
+from test_checkpoint_models import MAKERS, SHAPE, VOCAB, edit_config, make_llama, make_qwen3, save
 
 from megatron_dms import hf
-from megatron_dms.checkpoint import CheckpointError, checkpoint_args, export_hf, import_hf
+from megatron_dms.checkpoint import CheckpointError, checkpoint_args, export_hf, families, import_hf
 from megatron_dms.checkpoint.megatron_folder import iteration_folder
 from megatron_dms.checkpoint.torch_dist import Chunk, Reader, write
 from megatron_dms.checkpoint.transforms import FusedQKV, Vocabulary
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "convert.py"
 DMS = {
     "predictor": "linear",
     "granularity": "head",
@@ -42,7 +44,7 @@ def rewrite(megatron: Path, change: dict[str, torch.Tensor], args: dict, iterati
     """A second iteration as training would save it: the first with some tensors and arguments changed."""
     reader = Reader(iteration_folder(megatron))
     tensors = {**{key: reader.tensor(key) for key in reader.tensors}, **change}
-    chunks = [Chunk(key, tuple(t.shape), t.dtype, lambda t=t: t) for key, t in tensors.items()]
+    chunks = [Chunk(key, tuple(t.shape), t.dtype, lambda t=t: [t]) for key, t in tensors.items()]
     stored = Namespace(**{**vars(checkpoint_args(megatron)), **args})
     folder = megatron / f"iter_{iteration:07d}"
     folder.mkdir()
@@ -72,7 +74,7 @@ def test_fused_qkv_against_a_loop() -> None:
             expected += [q[head * size + i] for i in range(size)]
         expected += [k[group * size + i] for i in range(size)] + [v[group * size + i] for i in range(size)]
     shapes = tuple(tuple(t.shape) for t in (q, k, v))
-    row = FusedQKV("decoder.layers.x", ("q", "k", "v"), shapes, groups, size)
+    row = FusedQKV("decoder.layers.x", ("q", "k", "v"), shapes, groups)
     assert torch.equal(row.join([q, k, v]), torch.stack(expected))
     assert all(torch.equal(a, b) for a, b in zip(row.split(row.join([q, k, v])), (q, k, v), strict=True))
 
@@ -174,7 +176,12 @@ def test_command_line_ends_with_json_or_one_line_of_error(
     command = [sys.executable, TOOL, "import", "--hf", source, "--megatron", tmp_path / "m"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout.splitlines()[-1]).keys() == {"bytes", "tensors", "seconds"}
+    assert json.loads(done.stdout.splitlines()[-1]).keys() == {
+        "bytes",
+        "tensors",
+        "seconds",
+        "non_finite_values",
+    }
     edit_config(source, sliding_window_size=4)
     for arguments in (
         ["import", "--hf", source, "--megatron", tmp_path / "m2"],
@@ -189,3 +196,24 @@ def test_command_line_ends_with_json_or_one_line_of_error(
         out, err = capsys.readouterr()
         assert stop.value.code == 2 and out == ""
         assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_family_that_the_docs_add_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the block of docs/conversion.md. Catches: an example that no longer works."""
+    from transformers import SeedOssConfig, SeedOssForCausalLM
+
+    page = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page.split("## Adding a family")[1], re.DOTALL)
+    scope: dict = {}
+    exec(block, scope)
+    sizes = {**SHAPE, "num_attention_heads": 6, "head_dim": 8}
+    source = save(SeedOssForCausalLM(SeedOssConfig(**sizes)), tmp_path / "hf", torch.bfloat16)
+    with pytest.raises(CheckpointError, match="'seed_oss' is unknown"):
+        import_hf(source, tmp_path / "megatron")
+    monkeypatch.setitem(families.FAMILIES, "seed_oss", scope["FAMILY"])
+    import_hf(source, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(source)
+    edit_config(source, attention_out_bias=True)
+    with pytest.raises(CheckpointError, match="attention_out_bias is True"):
+        import_hf(source, tmp_path / "other")

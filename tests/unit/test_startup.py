@@ -112,7 +112,7 @@ class Folders:
 
     def __init__(self, root: Path) -> None:
         sys.path.insert(0, str(ROOT / "tests" / "parallel"))
-        from retrofit import Workspace, make_base, make_data
+        from retrofit import Workspace, make_base, make_data, save_qwen3
 
         from megatron_dms.checkpoint import import_hf
 
@@ -121,7 +121,7 @@ class Folders:
         make_base(good)
         make_data(good)
         self.base, self.data = good.base, good.data
-        copy_with_config(good.hf, root / "other_vocabulary", vocab_size=VOCAB + 9)
+        save_qwen3(root / "other_vocabulary", vocab_size=VOCAB + 9)
 
         shutil.copytree(good.base, root / "truncated")
         cut(max(root.glob("truncated/*/*.distcp"), key=lambda path: path.stat().st_size), 0.5)
@@ -171,6 +171,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "no teacher": ("no--dms-teacher", ("no teacher: give --dms-teacher DIR",)),
+    "two starting points": (
+        "--load-hf {root}/hf",
+        ("--load-hf {root}/hf and --pretrained-checkpoint", "starts from one of them", "drop the other"),
+    ),
+    "a HF folder that is not there": (
+        "no--pretrained-checkpoint --load-hf {root}/nowhere",
+        ("{root}/nowhere is no folder", "expected a local HF checkpoint"),
+    ),
+    "a Megatron folder for a HF folder": (
+        "no--pretrained-checkpoint --load-hf {root}/base",
+        ("{root}/base/config.json is missing",),
+    ),
+    "a HF folder of a DMS model with other settings": (
+        "no--pretrained-checkpoint --load-hf {root}/hf_dms",
+        ("--dms-window is 7", "trained with 512", "use --dms-window 512", "{root}/hf_dms"),
+    ),
+    "a TP that does not divide, from HF": (
+        "no--pretrained-checkpoint --load-hf {root}/hf --tensor-model-parallel-size 3",
+        ("--tensor-model-parallel-size is 3", "must divide"),
+    ),
     "a teacher that is not there": (
         "--dms-teacher {root}/nowhere",
         ("{root}/nowhere does not exist", "give"),
@@ -208,7 +228,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "too few processes": ("--tensor-model-parallel-size 2", ("1 processes", "multiple of 2")),
     "no checkpoint named": (
         "no--pretrained-checkpoint",
-        ("no checkpoint to start from", "give --pretrained-checkpoint DIR", "tools/convert.py import"),
+        ("no checkpoint to start from", "--pretrained-checkpoint DIR", "tools/convert.py import"),
     ),
     "a missing checkpoint": (
         "--pretrained-checkpoint {root}/nowhere",

@@ -1,6 +1,6 @@
 """config.json, key by key: typed reads, features that must be off, keys that change no computation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from megatron_dms.checkpoint import dms
 from megatron_dms.checkpoint.errors import CheckpointError
@@ -51,9 +51,9 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-def check_known(config: Config) -> None:
-    """Every key must be known: an unread setting could change the model."""
-    known = _READ | _OFF.keys() | _WITHOUT_EFFECT | dms.CONFIG_KEYS | {"layer_types"}
+def check_known(config: Config, of_family: Iterable[str]) -> None:
+    """Every key must be known, `of_family` among them: an unread setting could change the model."""
+    known = set(of_family) | _READ | _OFF.keys() | _WITHOUT_EFFECT | dms.CONFIG_KEYS | {"layer_types"}
     unknown = sorted(set(config) - known)
     if unknown:
         raise CheckpointError(

@@ -51,7 +51,7 @@ class Family:
                 f"config.json: architectures {found!r} is not supported for model_type {self.model_type}, "
                 f"expected [{self.architectures[0]!r}]"
             )
-        keys.check_known(config)
+        keys.check_known(config, self.off)
         keys.check_off(config, self.off)
         hidden, heads = keys.count(config, "hidden_size"), keys.count(config, "num_attention_heads")
         groups = keys.count(config, "num_key_value_heads", default=self.default_groups or heads)
@@ -106,12 +106,11 @@ class Family:
                 tuple(name + "weight" for name in qkv_names),
                 ((q, hidden), (kv, hidden), (kv, hidden)),
                 model.groups,
-                head,
             ),
         ]
         if self.qkv_bias:
             biases = tuple(name + "bias" for name in qkv_names)
-            rows.append(FusedQKV(att + "linear_qkv.bias", biases, ((q,), (kv,), (kv,)), model.groups, head))
+            rows.append(FusedQKV(att + "linear_qkv.bias", biases, ((q,), (kv,), (kv,)), model.groups))
         if self.qk_norm:
             rows.append(norm(att + "q_layernorm.weight", hf_att + "q_norm.weight", head))
             rows.append(norm(att + "k_layernorm.weight", hf_att + "k_norm.weight", head))

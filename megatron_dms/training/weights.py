@@ -1,0 +1,124 @@
+"""Where weights come from, the student's and the teacher's alike: a Megatron checkpoint or an HF folder.
+
+Both say what model they hold before anything is built, and fill a model that is built, each rank its part.
+"""
+
+import json
+import shutil
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_dms.checkpoint import CheckpointError
+from megatron_dms.checkpoint.export_layout import check_names, from_source
+from megatron_dms.checkpoint.families import read_model
+from megatron_dms.checkpoint.hf_folder import HFFolder, copy_file, side_files
+from megatron_dms.checkpoint.hf_weights import load_hf_weights
+from megatron_dms.checkpoint.megatron_folder import HF, SOURCE, iteration_folder, open_checkpoint
+from megatron_dms.checkpoint.staging import staged_folder
+
+
+class Weights(ABC):
+    """args: the model's architecture (and `dms`, where it was retrofitted), in Megatron's names. iteration:
+    the training steps behind it. tokenizer_folder: where its HF files are.
+    """
+
+    folder: Path
+    args: Namespace
+    iteration: int
+    tokenizer_folder: Path
+
+    @abstractmethod
+    def load(self, model: object) -> None:
+        """Fill a Megatron GPTModel's part of this rank; a linear predictor that is not held stays as it was
+        initialised.
+        """
+
+    @abstractmethod
+    def carry_hf_files(self, save: Path) -> None:
+        """Put the HF side files into the folder `save`/hf, beside new checkpoints: export needs them."""
+
+    def _wanted(self, model: object) -> dict[str, object]:
+        """The model's sharded state, less a predictor that is not here."""
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        held = (getattr(self.args, "dms", None) or {}).get("predictor")
+        metadata = {"dp_cp_group": ProcessGroupCollection.use_mpu_process_groups().dp_cp}
+        state = model.sharded_state_dict(metadata=metadata)
+        return {
+            name: part for name, part in state.items() if held == "linear" or ".dms_predictor." not in name
+        }
+
+
+class MegatronWeights(Weights):
+    """One iteration (None: the latest) of a Megatron checkpoint folder, every file's presence checked."""
+
+    def __init__(self, folder: Path, iteration: int | None = None) -> None:
+        self.folder = folder
+        self.iteration_folder = iteration_folder(folder, iteration)
+        reader, self.args = open_checkpoint(folder, iteration)
+        self.iteration = reader.common()["iteration"]
+        self.tokenizer_folder = folder / HF
+
+    def load(self, model: object) -> None:
+        """See Weights. Raises KeyError if a tensor is missing or does not belong to the model."""
+        from megatron.core import dist_checkpointing
+
+        wanted = self._wanted(model)
+        fresh = set(model.state_dict()) - set(wanted)
+        # Nested, because what the file holds in common (its arguments) is added beside it.
+        loaded = dist_checkpointing.load({"model": wanted}, str(self.iteration_folder))["model"]
+        missing, unexpected = model.load_state_dict(loaded, strict=False)
+        wrong = [name for name in (*missing, *unexpected) if name not in fresh and "_extra_state" not in name]
+        if wrong:
+            raise KeyError(f"{self.folder}: {', '.join(wrong)} do not match the model")
+
+    def carry_hf_files(self, save: Path) -> None:
+        """See Weights."""
+        if self.tokenizer_folder.is_dir():
+            with _new_hf_folder(save) as staged:
+                shutil.copytree(self.tokenizer_folder, staged, dirs_exist_ok=True)
+
+
+class HFWeights(Weights):
+    """An HF folder, its tensors' names and shapes checked against its config.json."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = self.tokenizer_folder = folder
+        self.iteration = 0
+        self._source = HFFolder(folder)
+        model = read_model(self._source.config, self._source.dms_metadata)
+        self._rows = model.family.rows(model, model.dms)
+        self._copies = check_names(self._source, model, self._rows)
+        self.args = Namespace(**model.family.megatron_args(model), dms=model.dms)
+
+    def load(self, model: object) -> None:
+        """See Weights; only the slices that this rank needs are read."""
+        load_hf_weights(self._wanted(model), self._rows, self._source)
+
+    def carry_hf_files(self, save: Path) -> None:
+        """See Weights."""
+        with _new_hf_folder(save) as staged:
+            for name in side_files(self.folder):
+                copy_file(self.folder / name, staged / name)
+            layout = from_source(self._source, self._copies)
+            (staged / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
+
+
+def _new_hf_folder(save: Path):
+    save.mkdir(parents=True, exist_ok=True)
+    return staged_folder(save / HF, force=False)
+
+
+def open_weights(folder: str | Path, iteration: int | None = None) -> Weights:
+    """An HF folder (it has a config.json) or a Megatron checkpoint.
+
+    Raises:
+        CheckpointError: neither of the two, or a damaged one.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist; give a HF folder or a Megatron checkpoint")
+    if (folder / "config.json").is_file():
+        return HFWeights(folder)
+    return MegatronWeights(folder, iteration)
