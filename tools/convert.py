@@ -19,6 +19,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from megatron_dms.checkpoint import CheckpointError, Report, export_hf, import_hf  # noqa: E402
+from megatron_dms.checkpoint.dms import FORMATS  # noqa: E402
 from megatron_dms.checkpoint.parity import CARD, LAYOUTS, verify  # noqa: E402
 from megatron_dms.checkpoint.staging import leftovers  # noqa: E402
 
@@ -87,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="DIR",
                 help="config.json, tokenizer ... (default: hf/ of --megatron)",
             )
+            command.add_argument(
+                "--dms-format",
+                choices=FORMATS,
+                help="how a DMS model is written down (default: as it was imported, else megatron_dms)",
+            )
         if name == "verify":
             command.add_argument(
                 "--prompt-tokens",
@@ -130,11 +136,20 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> Report:
     progress = _Progress()
     for folder in leftovers(options.megatron if options.command == "import" else options.hf):
-        _say(f"note: {folder} was left by a conversion that was killed; nothing reads it, delete it")
+        _say(
+            f"note: {folder} was left by a conversion that was killed: unfinished, or the old output that "
+            "--force replaced; delete it if it is not wanted"
+        )
     if options.command == "import":
         return import_hf(options.hf, options.megatron, options.force, progress)
     return export_hf(
-        options.megatron, options.hf, options.iteration, options.hf_source, options.force, progress
+        options.megatron,
+        options.hf,
+        options.iteration,
+        options.hf_source,
+        options.force,
+        progress,
+        options.dms_format,
     )
 
 

@@ -4,7 +4,6 @@ No model is built and no process group is needed. Memory does not grow with the 
 (rows.py). Outputs appear whole and checked, or not at all (staging.py).
 """
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -82,17 +81,14 @@ def import_hf(
     source = HFFolder(Path(hf_dir))
     model = read_model(source.config, source.dms_metadata)
     rows = model.family.rows(model, model.dms)
-    copies = export_layout.check_names(source, model, rows)
+    layout = export_layout.of_source(source, model, rows)
     tally = _Tally(source.infos.values(), progress)
     chunks = [chunk for row in rows for chunk in _chunks(source, row, model.layers, tally)]
     with staged_folder(Path(megatron_dir), force, tally.total_bytes) as out:
         release = out / RELEASE
         release.mkdir()
         write(release, chunks, _extra_states(model), _common_state(model))
-        for name in side_files(source.path):
-            copy_file(source.path / name, out / HF / name)
-        layout = export_layout.from_source(source, copies)
-        (out / HF / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
+        export_layout.write_side_files(source, layout, out / HF)
         (out / TRACKER).write_text(RELEASE)  # last: without it nobody takes a folder for a checkpoint
     return tally.report(time.monotonic() - begin)
 

@@ -1,6 +1,7 @@
 """Which HF tensors a checkpoint has, of which type, in which file: checked on import, planned on export."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,25 +10,29 @@ import torch
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
-from megatron_dms.checkpoint.hf_folder import INDEX, HFFolder, copy_file, read_json
-from megatron_dms.checkpoint.megatron_folder import SOURCE
-from megatron_dms.checkpoint.safetensors_file import TensorInfo
+from megatron_dms.checkpoint.hf_folder import INDEX, HFFolder, copy_file, read_json, side_files
+from megatron_dms.checkpoint.megatron_folder import BUFFERS, SOURCE
+from megatron_dms.checkpoint.rope import inverse_frequencies
+from megatron_dms.checkpoint.safetensors_file import TensorInfo, write_file
 from megatron_dms.checkpoint.source import MegatronTensors
 from megatron_dms.checkpoint.transforms import Row
 
 _SHARD_BYTES = 5 * 10**9
 """Size at which a new file begins, where no layout is known; transformers' own habit."""
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""RoPE's frequencies, which older transformers saved with each layer (Llama 2 has them); none reads them."""
 
 
 @dataclass
 class Layout:
     """infos: HF name -> file, type, shape. copies: name -> the tensor it repeats (a tied output layer
-    written out).
+    written out). buffers: names of tensors that are no part of the model and are kept aside.
     """
 
     infos: dict[str, TensorInfo]
     copies: dict[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """For `SOURCE`; shapes follow from config.json."""
@@ -57,10 +62,12 @@ class Layout:
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def check_names(source: HFFolder, model: Model, rows: Sequence[Row]) -> dict[str, str]:
-    """Every tensor of an HF folder must be in the name table with its shape, and the other way round.
+def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
+    """The layout of an HF folder: every tensor must be in the name table with its shape, and the other way
+    round.
 
-    Returns the copies: a tied model may have its output layer written out too, if it equals the embedding.
+    Two kinds may be there besides: the output layer of a tied model, if it equals the embedding, and buffers
+    that say what config.json says. Raises CheckpointError, naming what is missing, not expected or misshapen.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for row in rows:
@@ -81,6 +88,10 @@ def check_names(source: HFFolder, model: Model, rows: Sequence[Row]) -> dict[str
             )
         extra.remove(_OUTPUT)
         copies[_OUTPUT] = _EMBEDDING
+    buffers = tuple(name for name in extra if _BUFFER.fullmatch(name))
+    for name in buffers:
+        _check_frequencies(source, name, model)
+    extra = [name for name in extra if name not in buffers]
     if missing or extra:
         silent = model.dms is None and any(".dms_" in name for name in extra)
         raise CheckpointError(
@@ -94,17 +105,37 @@ def check_names(source: HFFolder, model: Model, rows: Sequence[Row]) -> dict[str
                 f"{source.path / source.infos[name].file}: {name} has shape {source.infos[name].shape}, "
                 f"expected {shape} from config.json"
             )
-    return copies
+    return Layout(dict(source.infos), copies, buffers)
+
+
+def _check_frequencies(source: HFFolder, name: str, model: Model) -> None:
+    expected = inverse_frequencies(
+        {"rope_type": "default", "rope_theta": model.rope["rope_theta"]}, model.head_size
+    )
+    found = source.read(name).float()
+    # to the precision of the half types that whole models were cast to
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-6):
+        raise CheckpointError(
+            f"{source.path}: {name} holds other frequencies than rope_theta {model.rope['rope_theta']} of "
+            "config.json gives; correct the one that is wrong"
+        )
+
+
+def write_side_files(source: HFFolder, layout: Layout, folder: Path) -> None:
+    """What an export will need, besides the weights, to give back the folder `source`: side files, layout,
+    buffers.
+    """
+    for name in side_files(source.path):
+        copy_file(source.path / name, folder / name)
+    (folder / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
+    if layout.buffers:
+        infos = {name: layout.infos[name] for name in layout.buffers}
+        write_file(folder / BUFFERS, infos, ((name, [source.read(name)]) for name in infos))
 
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return shown or "none"
-
-
-def from_source(source: HFFolder, copies: Mapping[str, str]) -> Layout:
-    """The layout of an HF folder as it is."""
-    return Layout(dict(source.infos), dict(copies))
 
 
 def for_export(tensors: MegatronTensors) -> Layout:
@@ -118,7 +149,7 @@ def for_export(tensors: MegatronTensors) -> Layout:
     for name, original in copies.items():
         tensors.places[name] = tensors.places[original]
     default = getattr(torch, tensors.model.dtype) if tensors.model.dtype else None
-    stale = sorted(set(known) - set(tensors.places))
+    stale = [name for name in known if not tensors.holds(name)]
     if stale:
         raise CheckpointError(
             f"{tensors.side_folder / SOURCE} names {_some(stale)}, which the checkpoint lacks"
@@ -128,9 +159,9 @@ def for_export(tensors: MegatronTensors) -> Layout:
     )
     infos: dict[str, TensorInfo] = {}
     for name in [*known, *new]:
-        row, _, part = tensors.places[name]
         file, dtype = known.get(name, (None, None))
-        infos[name] = TensorInfo(file or "", dtype or default or tensors.stored_dtype(name), row.shapes[part])
+        dtype = dtype or default or tensors.stored_dtype(name)
+        infos[name] = TensorInfo(file or "", dtype, tensors.shape(name))
     last = max((file for file, _ in known.values()), default=None)
     files = _split(infos) if last is None else {name: info.file or last for name, info in infos.items()}
     return Layout({name: replace(info, file=files[name]) for name, info in infos.items()}, copies)

@@ -18,6 +18,8 @@ SOURCE = "megatron_dms_source.json"
 """File in hf/ with the names, types and files of the imported tensors, so that export gives them back as
 they were.
 """
+BUFFERS = "megatron_dms_buffers.safetensors"
+"""File in hf/ with tensors that came with the import but are no part of the model."""
 
 
 def iteration_folder(megatron_dir: Path, iteration: int | None = None) -> Path:

@@ -12,11 +12,12 @@ from torch import Tensor
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model, read_model
 from megatron_dms.checkpoint.hf_folder import read_dms_metadata, read_json
-from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
-from megatron_dms.checkpoint.rows import Span, part_of
+from megatron_dms.checkpoint.megatron_folder import BUFFERS, HF, open_checkpoint
+from megatron_dms.checkpoint.rows import FileRows, Span, part_of
+from megatron_dms.checkpoint.safetensors_file import read_header
 from megatron_dms.checkpoint.torch_dist import Reader
 from megatron_dms.checkpoint.training_args import differences
-from megatron_dms.checkpoint.transforms import Row, Vocabulary
+from megatron_dms.checkpoint.transforms import Row, Shape, Vocabulary
 from megatron_dms.config import DMSConfig
 
 _NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*\._extra_state\b")
@@ -44,11 +45,17 @@ def _reached_cr(reader: Reader, args: Namespace) -> float | None:
     return config.schedule.target_cr(steps)
 
 
+def _buffers(path: Path) -> dict[str, FileRows]:
+    infos = read_header(path) if path.is_file() else {}
+    return {name: FileRows(path, info.offset, info.dtype, info.shape) for name, info in infos.items()}
+
+
 @dataclass
 class MegatronTensors:
     """One iteration, its keys and shapes checked against the name table of its config.json.
 
-    places: HF name -> (row, layer, part). side_folder: where config.json and the tokenizer are.
+    places: HF name -> (row, layer, part). side_folder: where config.json and the tokenizer are. buffers: HF
+    tensors that are no part of the model.
     """
 
     reader: Reader
@@ -59,6 +66,7 @@ class MegatronTensors:
     dms_metadata: dict[str, object] | None
     dms_fields: Mapping[str, object] | None
     reached_cr: float | None
+    buffers: Mapping[str, FileRows]
     places: dict[str, tuple[Row, int, int]] = field(default_factory=dict)
 
     @classmethod
@@ -84,7 +92,8 @@ class MegatronTensors:
         fields = getattr(args, "dms", None)
         rows = model.family.rows(model, fields)
         reached_cr = _reached_cr(reader, args)
-        found = cls(reader, model, rows, side_folder, config, metadata, fields, reached_cr)
+        buffers = _buffers(megatron_dir / HF / BUFFERS)
+        found = cls(reader, model, rows, side_folder, config, metadata, fields, reached_cr, buffers)
         found._check()
         return found
 
@@ -112,12 +121,27 @@ class MegatronTensors:
                 for part, name in enumerate(row.hf_names(layer)):
                     self.places[name] = (row, layer, part)
 
-    def stored_dtype(self, name: str) -> object:
+    def holds(self, name: str) -> bool:
+        """Whether an HF tensor is here: in the model, or kept beside it."""
+        return name in self.places or name in self.buffers
+
+    def stored_dtype(self, name: str) -> torch.dtype:
         """Type under which the checkpoint holds an HF tensor."""
+        if name in self.buffers:
+            return self.buffers[name].dtype
         return self.reader.tensors[self.places[name][0].megatron].properties.dtype
+
+    def shape(self, name: str) -> Shape:
+        """Shape of an HF tensor."""
+        if name in self.buffers:
+            return self.buffers[name].shape
+        row, _, part = self.places[name]
+        return row.shapes[part]
 
     def spans(self, name: str) -> list[Span]:
         """One HF tensor in the stored type, to be read row by row."""
+        if name in self.buffers:
+            return [Span(name, self.buffers[name], 0, self.buffers[name].shape[0])]
         row, layer, part = self.places[name]
         stored = self.reader.rows(row.megatron, layer if row.per_layer else None)
         if isinstance(row, Vocabulary):

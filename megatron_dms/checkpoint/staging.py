@@ -2,8 +2,9 @@
 
 What a kill -9 leaves is a folder `<target>.partial-<pid>`, and at the target either the old output or the new
 one, whole. A partial folder lacks the file without which no reader takes it (`_MARKS`): writers put that one
-last, and it is the first to go when a folder is removed. fsync is not called: a power cut soon after the end
-may lose an output, whose source is still there, and cost time on every conversion otherwise.
+last, and it is the first to go when a folder is removed. fsync is not called: a power
+cut soon after the end may lose an output, but its source is still there, and waiting for the disk would make
+every conversion as slow as that.
 """
 
 import ctypes

@@ -3,18 +3,17 @@
 Both say what model they hold before anything is built, and fill a model that is built, each rank its part.
 """
 
-import json
 import shutil
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_dms.checkpoint import CheckpointError
-from megatron_dms.checkpoint.export_layout import check_names, from_source
+from megatron_dms.checkpoint.export_layout import of_source, write_side_files
 from megatron_dms.checkpoint.families import read_model
-from megatron_dms.checkpoint.hf_folder import HFFolder, copy_file, side_files
+from megatron_dms.checkpoint.hf_folder import HFFolder
 from megatron_dms.checkpoint.hf_weights import load_hf_weights
-from megatron_dms.checkpoint.megatron_folder import HF, SOURCE, iteration_folder, open_checkpoint
+from megatron_dms.checkpoint.megatron_folder import HF, iteration_folder, open_checkpoint
 from megatron_dms.checkpoint.staging import staged_folder
 
 
@@ -89,7 +88,7 @@ class HFWeights(Weights):
         self._source = HFFolder(folder)
         model = read_model(self._source.config, self._source.dms_metadata)
         self._rows = model.family.rows(model, model.dms)
-        self._copies = check_names(self._source, model, self._rows)
+        self._layout = of_source(self._source, model, self._rows)
         self.args = Namespace(**model.family.megatron_args(model), dms=model.dms)
 
     def load(self, model: object) -> None:
@@ -99,10 +98,7 @@ class HFWeights(Weights):
     def carry_hf_files(self, save: Path) -> None:
         """See Weights."""
         with _new_hf_folder(save) as staged:
-            for name in side_files(self.folder):
-                copy_file(self.folder / name, staged / name)
-            layout = from_source(self._source, self._copies)
-            (staged / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
+            write_side_files(self._source, self._layout, staged)
 
 
 def _new_hf_folder(save: Path):

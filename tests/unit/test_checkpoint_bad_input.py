@@ -15,8 +15,8 @@ from megatron_dms.checkpoint import (
     CheckpointError,
     check_model_args,
     checkpoint_args,
-    convert,
     export_hf,
+    export_layout,
     import_hf,
     set_model_args,
     set_parser_defaults,
@@ -178,10 +178,13 @@ def test_a_failure_half_way_leaves_the_old_output_as_it_was(
 def test_the_tracker_is_written_last(copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a tracker that names a checkpoint whose side files are not there yet."""
     seen = []
-    copy_file = convert.copy_file
-    monkeypatch.setattr(
-        convert, "copy_file", lambda a, b: (seen.append(list(tmp_path.glob("*/latest*"))), copy_file(a, b))
-    )
+    copy_file = export_layout.copy_file
+
+    def watch(source: Path, target: Path) -> None:
+        seen.append(list(tmp_path.glob("*/latest*")))
+        copy_file(source, target)
+
+    monkeypatch.setattr(export_layout, "copy_file", watch)
     import_hf(copies / "hf", tmp_path / "out")
     assert seen and not any(seen)
 

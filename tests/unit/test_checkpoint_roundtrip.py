@@ -15,7 +15,10 @@ from test_checkpoint_models import MAKERS, SHAPE, VOCAB, edit_config, make_llama
 
 from megatron_dms import hf
 from megatron_dms.checkpoint import CheckpointError, checkpoint_args, export_hf, families, import_hf
+from megatron_dms.checkpoint.hf_folder import HFFolder
 from megatron_dms.checkpoint.megatron_folder import iteration_folder
+from megatron_dms.checkpoint.parity.verify import compare_tensors
+from megatron_dms.checkpoint.source import MegatronTensors
 from megatron_dms.checkpoint.torch_dist import Chunk, Reader, write
 from megatron_dms.checkpoint.transforms import FusedQKV, Vocabulary
 
@@ -216,4 +219,23 @@ def test_the_family_that_the_docs_add_converts(tmp_path: Path, monkeypatch: pyte
     assert files_of(tmp_path / "back") == files_of(source)
     edit_config(source, attention_out_bias=True)
     with pytest.raises(CheckpointError, match="attention_out_bias is True"):
+        import_hf(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_frequencies_that_older_checkpoints_carry_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As in meta-llama/Llama-2-7b-hf. Catches: refusing them, losing them, taking those of another RoPE."""
+    source = make_qwen3(tmp_path / "hf", torch.float16)
+    tensors = load_file(source / "model.safetensors")
+    frequencies = (1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)).to(dtype)
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = frequencies.clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    import_hf(source, tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(source)
+    stored = MegatronTensors.open(tmp_path / "megatron", None, source)
+    assert all(found.equal for found in compare_tensors(HFFolder(source), stored, imported=True))
+    edit_config(source, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})
+    with pytest.raises(CheckpointError, match="inv_freq holds other frequencies than rope_theta 20000"):
         import_hf(source, tmp_path / "other")

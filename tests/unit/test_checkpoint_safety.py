@@ -106,7 +106,16 @@ def test_kill_minus_9_at_random_moments(command: str, inputs: Path, tmp_path: Pa
 def test_an_old_output_changes_places_in_one_step_or_is_kept_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches: a moment without any output where the system can avoid it; the old one lost where not."""
+    """Catches: a moment without any output where the system can avoid it; the old one lost where not; an old
+    output of which a kill leaves config.json but half of its weights.
+    """
+    rmtree = shutil.rmtree
+
+    def remove(folder: Path, **options: object) -> None:
+        assert not list(folder.glob("config.json"))
+        rmtree(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
     renames = []
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda a, b: (renames.append(b), rename(a, b))[1])
@@ -115,7 +124,7 @@ def test_an_old_output_changes_places_in_one_step_or_is_kept_aside(
             monkeypatch.setattr(staging, "_RENAME_EXCHANGE", 1 << 30)  # EINVAL, as of old file systems
         target = tmp_path / f"out_{exchange}"
         target.mkdir()
-        (target / "old").touch()
+        (target / "config.json").touch()
         renames.clear()
         with staging.staged_folder(target, force=True) as out:
             (out / "new").touch()
@@ -124,7 +133,7 @@ def test_an_old_output_changes_places_in_one_step_or_is_kept_aside(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out_False", "out_True"]
 
 
-@pytest.mark.parametrize("kind", ["same", "through a link", "inside", "around"])
+@pytest.mark.parametrize("kind", ["same", "a link to it", "a link is read", "inside", "around"])
 def test_an_output_that_overlaps_its_input_is_refused(kind: str, inputs: Path, tmp_path: Path) -> None:
     """Catches: --force replacing the very files that are read (`resolve` gone: the link)."""
     for name, convert in (("hf", import_hf), ("megatron", export_hf)):
@@ -133,13 +142,14 @@ def test_an_output_that_overlaps_its_input_is_refused(kind: str, inputs: Path, t
         (tmp_path / f"link_{name}").symlink_to(source)
         target = {
             "same": source,
-            "through a link": tmp_path / f"link_{name}",
+            "a link is read": source,
+            "a link to it": tmp_path / f"link_{name}",
             "inside": source / "below" / "it",
             "around": source.parent,
         }[kind]
         before = files_of(source)
         with pytest.raises(CheckpointError, match="the input"):
-            convert(source, target, force=True)
+            convert(tmp_path / f"link_{name}" if kind == "a link is read" else source, target, force=True)
         assert files_of(source) == before and not list(tmp_path.glob("**/*.partial-*"))
 
 
@@ -254,8 +264,15 @@ def test_pickled_weights_and_wrong_headers_are_refused(inputs: Path, tmp_path: P
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     first, second = (name for name in list(header)[1:3])
-    for change in (header[first]["data_offsets"], [-1, 5], "ab", None):
-        header[second]["data_offsets"] = change
+    (begin, middle), (_, end) = (header[name]["data_offsets"] for name in (first, second))
+    for places in (
+        ([begin, middle], [begin, middle]),  # overlapping
+        ([begin, middle + 4], [middle + 4, end]),  # not of the shapes' sizes
+        ([begin, middle], [-1, 5]),
+        ([begin, middle], "ab"),
+        ([begin, middle], None),
+    ):
+        header[first]["data_offsets"], header[second]["data_offsets"] = places
         text = json.dumps(header).encode()
         rest = len(text).to_bytes(8, "little") + text + content[8 + length :]
         (folder / "model.safetensors").write_bytes(rest)

@@ -41,9 +41,7 @@ class Family:
     qkv_bias: bool = False
     off: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
-    def read(
-        self, config: Mapping[str, object], dms_metadata: Mapping[str, object] | None = None
-    ) -> "Model":
+    def read(self, config: Mapping[str, object], dms_metadata: Mapping[str, object] | None = None) -> "Model":
         """Check config.json key by key; raises CheckpointError."""
         found = config.get("architectures")
         if not isinstance(found, list) or len(found) != 1 or found[0] not in self.architectures:

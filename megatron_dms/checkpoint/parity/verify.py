@@ -86,7 +86,7 @@ def compare_tensors(hf: HFFolder, stored: MegatronTensors, imported: bool) -> li
             return TensorParity(name, False, _name(tensor.dtype), tuple(tensor.shape), only_in="Megatron")
         info = hf.infos[name]
         dtype, shape = _name(info.dtype), tuple(info.shape)
-        if name not in stored.places:
+        if not stored.holds(name):
             return TensorParity(name, False, dtype, shape, only_in="HF")
         tensor = stored.read(name)
         equal = _same_bytes(hf.read(name), tensor if imported else tensor.to(info.dtype))

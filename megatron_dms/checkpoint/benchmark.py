@@ -1,0 +1,183 @@
+"""How fast a conversion is, and how much memory it takes, against `cp` of the same bytes on the same disk.
+
+From the command line: tools/bench.py convert. Linux only (/proc).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.checkpoint.families import read_model
+from megatron_dms.checkpoint.hf_folder import INDEX
+from megatron_dms.checkpoint.safetensors_file import TensorInfo, write_file
+
+HIDDEN = 4096  # of Llama 3 8B, whose shapes the synthetic model has; all others follow
+_FFN, _VOCAB, _HEAD = 3.5, 31.3125, 128
+_SHARD_BYTES = 2 * 10**9
+_INTERPRETER_BYTES = 500 * 10**6
+_TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert.py"
+# VmHWM, not ru_maxrss: the latter starts at the memory of the process that started this one
+_CHILD = """
+import atexit, re, runpy, sys
+peak = lambda: re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
+atexit.register(lambda: print(peak()))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to move the checkpoint. seconds: medians; start_seconds: of the process around the conversion
+    (Python and torch, mostly). Memory in bytes.
+    """
+
+    seconds: float
+    start_seconds: float
+    ratio_to_cp: float
+    peak_bytes: int
+    allowed_bytes: int
+
+
+def synthetic(folder: Path, gigabytes: float) -> dict[str, TensorInfo]:
+    """A Llama checkpoint in bfloat16 with as many layers as it takes to reach `gigabytes` (10^9 bytes).
+
+    Random finite values, in files of 2 GB, with an index. Returns what was written.
+    """
+    hidden = HIDDEN
+    heads = max(1, hidden // _HEAD)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": int(_FFN * hidden),
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 4),
+        "head_dim": _HEAD,
+        "vocab_size": int(_VOCAB * hidden),
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "num_hidden_layers": 1,
+    }
+    model = read_model(config)
+    rows = model.family.rows(model, None)
+    once, layer = (
+        2 * sum(prod(shape) for row in rows if row.per_layer == per_layer for shape in row.shapes)
+        for per_layer in (False, True)
+    )
+    config["num_hidden_layers"] = layers = max(1, ceil((gigabytes * 1e9 - once) / layer))
+    shapes = {
+        name: shape
+        for row in rows
+        for number in range(layers if row.per_layer else 1)
+        for name, shape in zip(row.hf_names(number), row.shapes, strict=True)
+    }
+    infos, number, filled = {}, 1, 0
+    for name, shape in shapes.items():
+        size = 2 * prod(shape)
+        if filled and filled + size > _SHARD_BYTES:
+            number, filled = number + 1, 0
+        filled += size
+        infos[name] = TensorInfo(f"model-{number:05d}.safetensors", torch.bfloat16, shape)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    weight_map = {name: info.file for name, info in infos.items()}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    # positive finite bfloat16 numbers, the same again and again: making them takes longer than all else
+    block = torch.randint(0x7F80, (2**23,), dtype=torch.int16, generator=torch.Generator().manual_seed(1))
+    for file in dict.fromkeys(weight_map.values()):
+        inside = {name: info for name, info in infos.items() if info.file == file}
+        stream = (
+            (name, _repeat(block.view(torch.bfloat16), prod(info.shape))) for name, info in inside.items()
+        )
+        write_file(folder / file, inside, stream)
+    return infos
+
+
+def _repeat(block: Tensor, count: int) -> Iterator[Tensor]:
+    for done in range(0, count, len(block)):
+        yield block[: min(len(block), count - done)]
+
+
+def _convert(command: str, hf: Path, megatron: Path) -> tuple[float, int]:
+    """Seconds of the conversion itself and peak memory in bytes of its process."""
+    arguments = [command, "--hf", hf, "--megatron", megatron]
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, _TOOL, *arguments], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise CheckpointError(f"{command} ended with status {done.returncode}")
+    report, peak = done.stdout.splitlines()[-2:]
+    return json.loads(report)["seconds"], int(peak) * 1024
+
+
+def _copy(source: Path, target: Path) -> tuple[float, int]:
+    begin = time.monotonic()
+    subprocess.run(["cp", "-r", source, target], check=True)
+    return time.monotonic() - begin, 0
+
+
+def run(
+    folder: Path, gigabytes: float, repeats: int, say: Callable[[str], None]
+) -> tuple[int, dict[str, Measured]]:
+    """Bytes of the checkpoint, and cp, import and export measured in turn `repeats` times, after one round
+    that only warms the caches. `folder` must exist and be on the disk in question; nothing is left there.
+    """
+    with TemporaryDirectory(prefix="bench_convert_", dir=folder) as name:
+        work = Path(name)
+        source, copy, megatron, back = (work / part for part in ("hf", "copy", "megatron", "back"))
+        say(f"making a checkpoint of {gigabytes} GB or more in {work} ...")
+        infos = synthetic(source, gigabytes)
+        size = sum(info.nbytes for info in infos.values())
+        steps: dict[str, Callable[[], tuple[float, int]]] = {
+            "cp": lambda: _copy(source, copy),
+            "import": lambda: _convert("import", source, megatron),
+            "export": lambda: _convert("export", back, megatron),
+        }
+        outputs = {"cp": copy, "export": back}
+        found: dict[str, list[tuple[float, float, int]]] = {step: [] for step in steps}
+        for number in range(repeats + 1):
+            for step, measure in steps.items():
+                os.sync()  # or a step would wait for what the one before it left to be written to the disk
+                begin = time.monotonic()
+                seconds, peak = measure()
+                start = time.monotonic() - begin - seconds
+                say(f"{'warm-up' if number == 0 else f'{number} of {repeats}'}: {step} {seconds:.2f} s")
+                if number > 0:
+                    found[step].append((seconds, start, peak))
+                if step != "import":
+                    shutil.rmtree(outputs[step])
+            shutil.rmtree(megatron)
+        shards = {
+            file: sum(info.nbytes for info in infos.values() if info.file == file)
+            for file in {info.file for info in infos.values()}
+        }
+        largest = max(info.nbytes for info in infos.values())
+        allowed = 2 * largest + max(shards.values()) + _INTERPRETER_BYTES
+        cp = median(seconds for seconds, *_ in found["cp"])
+        return size, {
+            step: Measured(
+                median(seconds for seconds, *_ in runs),
+                median(start for _, start, _ in runs),
+                median(seconds for seconds, *_ in runs) / cp,
+                max(peak for *_, peak in runs),
+                allowed,
+            )
+            for step, runs in found.items()
+        }
