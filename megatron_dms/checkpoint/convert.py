@@ -82,8 +82,9 @@ def import_hf(
     model = read_model(source.config, source.dms_metadata)
     rows = model.family.rows(model, model.dms)
     layout = export_layout.of_source(source, model, rows)
-    tally = _Tally(source.infos.values(), progress)
-    chunks = [chunk for row in rows for chunk in _chunks(source, row, model.layers, tally)]
+    taken = [name for row in rows for layer in _layers(row, model) for name in row.hf_names(layer)]
+    tally = _Tally([source.infos[name] for name in taken], progress)
+    chunks = [chunk for row in rows for chunk in _chunks(source, row, model, tally)]
     with staged_folder(Path(megatron_dir), force, tally.total_bytes) as out:
         release = out / RELEASE
         release.mkdir()
@@ -160,20 +161,24 @@ class _Tally:
         return Report(self.total, self.total_bytes, seconds, self.non_finite)
 
 
-def _chunks(source: HFFolder, row: Row, layers: int, tally: _Tally) -> Iterator[Chunk]:
+def _layers(row: Row, model: Model) -> range:
+    return range(model.layers if row.per_layer else 1)
+
+
+def _chunks(source: HFFolder, row: Row, model: Model, tally: _Tally) -> Iterator[Chunk]:
     """The tensors of one row, one per layer, to be read when the writer asks for them."""
-    count = layers if row.per_layer else 1
-    dtypes = {name: source.infos[name].dtype for layer in range(count) for name in row.hf_names(layer)}
+    layers = _layers(row, model)
+    dtypes = {name: source.infos[name].dtype for layer in layers for name in row.hf_names(layer)}
     if len(set(dtypes.values())) > 1:  # the stored tensor has one type for all layers
         first, other = next((a, b) for a in dtypes for b in dtypes if dtypes[a] != dtypes[b])
         raise CheckpointError(
             f"{first} is {dtypes[first]}, but {other} is {dtypes[other]}; one kind must share one type"
         )
     dtype = next(iter(dtypes.values()))
-    for layer in range(count):
+    for layer in layers:
         names = row.hf_names(layer)
         spans = joined(row, names, [source.rows(name) for name in names])
-        place = (layer, layers) if row.per_layer else (None, None)
+        place = (layer, len(layers)) if row.per_layer else (None, None)
         yield Chunk(row.megatron, row.megatron_shape, dtype, partial(tally.pieces, spans, dtype), *place)
 
 

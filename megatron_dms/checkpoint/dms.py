@@ -55,11 +55,12 @@ def read(config: Object, metadata: Object | None) -> DMS | None:
     from_metadata = _read_metadata(metadata)
     if from_config is None:
         return from_metadata
-    for name, value in from_metadata.fields.items():
-        if name != "temperature" and from_config.fields[name] != value:  # FastDMS has no temperature
+    said = {**from_config.fields, "compression ratio": from_config.reached_cr}
+    for name, value in {**from_metadata.fields, "compression ratio": from_metadata.reached_cr}.items():
+        if name != "temperature" and value is not None and said[name] != value:  # FastDMS has no temperature
             raise CheckpointError(
-                f"config.json says {name} {from_config.fields[name]!r}, but {METADATA} says {value!r}; "
-                "remove the one that is wrong"
+                f"config.json says {name} {said[name]!r}, but {METADATA} says {value!r}; remove the one that "
+                "is wrong"
             )
     return from_config
 
@@ -175,7 +176,7 @@ def _only(target: DMS, expected: Mapping[str, object]) -> None:
 
 def _tidy(ratio: float | None) -> float | None:
     """8 and not 8.0, as the other formats write it."""
-    return int(ratio) if ratio is not None and ratio == int(ratio) else ratio
+    return int(ratio) if isinstance(ratio, float) and ratio.is_integer() else ratio
 
 
 def predictor_rows(fields: Mapping[str, object], hidden: int, groups: int, bias: bool) -> list[Row]:

@@ -10,9 +10,11 @@ import torch
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
-from megatron_dms.checkpoint.hf_folder import INDEX, HFFolder, copy_file, read_json, side_files
+from megatron_dms.checkpoint.families.config_keys import DTYPES
+from megatron_dms.checkpoint.hf_folder import INDEX, SINGLE, HFFolder, copy_file, read_json, side_files
 from megatron_dms.checkpoint.megatron_folder import BUFFERS, SOURCE
 from megatron_dms.checkpoint.rope import inverse_frequencies
+from megatron_dms.checkpoint.rows import Span
 from megatron_dms.checkpoint.safetensors_file import TensorInfo, write_file
 from megatron_dms.checkpoint.source import MegatronTensors
 from megatron_dms.checkpoint.transforms import Row
@@ -50,7 +52,7 @@ class Layout:
 
     def write_index(self, out: Path, side_folder: Path) -> None:
         """The index of a checkpoint in several files: the source's own bytes while it still says the same."""
-        if len(self.files()) == 1:
+        if list(self.files()) == [SINGLE]:
             return
         weight_map = {name: info.file for name, info in sorted(self.infos.items())}
         old = side_folder / INDEX
@@ -81,7 +83,7 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
         )
     copies: dict[str, str] = {}
     if model.tied and _OUTPUT in extra and _EMBEDDING not in missing:
-        if not torch.equal(source.read(_OUTPUT), source.read(_EMBEDDING)):
+        if not _same_bits(source, _OUTPUT, _EMBEDDING):
             raise CheckpointError(
                 f"{source.path}: {_OUTPUT} differs from {_EMBEDDING}, but tie_word_embeddings is true; "
                 "set it to false in config.json if the output layer is its own"
@@ -106,6 +108,15 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
                 f"expected {shape} from config.json"
             )
     return Layout(dict(source.infos), copies, buffers)
+
+
+def _same_bits(source: HFFolder, name: str, other: str) -> bool:
+    """Compared in pieces, as bits: NaN equals itself, and -0 is not 0."""
+    a, b = source.rows(name), source.rows(other)
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pieces = zip(*(Span(name, rows, 0, rows.shape[0]).pieces() for rows in (a, b)), strict=True)
+    return all(torch.equal(one.view(torch.uint8), two.view(torch.uint8)) for one, two in pieces)
 
 
 def _check_frequencies(source: HFFolder, name: str, model: Model) -> None:
@@ -142,11 +153,13 @@ def for_export(tensors: MegatronTensors) -> Layout:
     """The layout on import where it is known, order included, so that an untouched file comes back byte for
     byte.
 
-    New tensors (the predictor's) go to the end of the last file. Without a known layout: files of 5 GB, by
-    layer.
+    That of `SOURCE`, or of the side folder's own weights, if it is a whole HF folder. New tensors (the
+    predictor's) go to the end of the last file. Without a known layout: files of 5 GB, by layer.
     """
-    known, copies = _read_source(tensors.side_folder / SOURCE)
+    known, copies = _known_layout(tensors)
     for name, original in copies.items():
+        if original not in tensors.places:
+            raise CheckpointError(f"{tensors.side_folder / SOURCE} repeats {original}, which is not there")
         tensors.places[name] = tensors.places[original]
     default = getattr(torch, tensors.model.dtype) if tensors.model.dtype else None
     stale = [name for name in known if not tensors.holds(name)]
@@ -167,16 +180,40 @@ def for_export(tensors: MegatronTensors) -> Layout:
     return Layout({name: replace(info, file=files[name]) for name, info in infos.items()}, copies)
 
 
-def _read_source(path: Path) -> tuple[dict[str, tuple[str, torch.dtype]], dict[str, str]]:
-    if not path.is_file():
+Known = tuple[dict[str, tuple[str, torch.dtype]], dict[str, str]]
+"""HF name -> its file and type, and the copies."""
+
+
+def _known_layout(tensors: MegatronTensors) -> Known:
+    folder = tensors.side_folder
+    if (folder / SOURCE).is_file():
+        return _read_source(folder / SOURCE)
+    if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return {}, {}
+    source = HFFolder(folder)
+    layout = of_source(source, tensors.model, tensors.model.family.rows(tensors.model, tensors.model.dms))
+    tensors.buffers.update({name: source.rows(name) for name in layout.buffers})
+    return {name: (info.file, info.dtype) for name, info in layout.infos.items()}, layout.copies
+
+
+def _read_source(path: Path) -> Known:
     found = read_json(path)
     if found.get("version") != 1:
         raise CheckpointError(
             f"{path} has version {found.get('version')!r}, expected 1; import the checkpoint again"
         )
-    tensors = {name: (file, getattr(torch, dtype)) for name, (file, dtype) in found["tensors"].items()}
-    return tensors, found["copies"]
+    try:
+        tensors = {name: (file, getattr(torch, dtype)) for name, (file, dtype) in found["tensors"].items()}
+        copies = {str(name): str(original) for name, original in found["copies"].items()}
+        sound = all(
+            dtype in DTYPES and Path(file).name == file and file.endswith(".safetensors")
+            for file, dtype in found["tensors"].values()
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path} is damaged; import the checkpoint again")
+    return tensors, copies
 
 
 def _split(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -188,5 +225,5 @@ def _split(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
         numbers[name] = number
         filled += info.nbytes
     if number == 0:
-        return dict.fromkeys(infos, "model.safetensors")
+        return dict.fromkeys(infos, SINGLE)
     return {name: f"model-{n + 1:05d}-of-{number + 1:05d}.safetensors" for name, n in numbers.items()}

@@ -47,12 +47,13 @@ class Settings:
         ours = tuple(Path(file) for file in hf.export_files())
         runs_ours = hf.MODELING_MODULE in str(config.get("auto_map"))
         brought_ours = source is not None and source.format == "megatron_dms"
+        stale = () if target == source else (dms.METADATA,)
         before = {CONFIG: tensors.config, dms.METADATA: tensors.dms_metadata}
         return cls(
             tensors.side_folder,
             {name: None if value is before[name] else value for name, value in content.items()},
             ours if runs_ours else (),
-            frozenset({CONFIG, dms.METADATA, *(file.name for file in ours if brought_ours)}),
+            frozenset({CONFIG, *stale, *(file.name for file in ours if brought_ours)}),
         )
 
     @staticmethod

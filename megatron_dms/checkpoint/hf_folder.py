@@ -14,7 +14,7 @@ from megatron_dms.checkpoint.rows import FileRows, read_all
 from megatron_dms.checkpoint.safetensors_file import TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 _TENSOR_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, object]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds {type(found).__name__}, expected an object")
@@ -67,13 +67,13 @@ class HFFolder:
         self.path = path
         self.config = read_json(path / "config.json")
         self.dms_metadata = read_dms_metadata(path)
-        index, single = path / INDEX, path / _SINGLE
+        index, single = path / INDEX, path / SINGLE
         if index.exists() and single.exists():
-            raise CheckpointError(f"{path} has both {INDEX} and {_SINGLE}; remove the one that is stale")
+            raise CheckpointError(f"{path} has both {INDEX} and {SINGLE}; remove the one that is stale")
         if not index.exists() and not single.exists():
             others = sorted(file.name for file in path.iterdir() if file.name.endswith(_TENSOR_SUFFIXES))
             raise CheckpointError(
-                f"{path} has neither {_SINGLE} nor {INDEX} (found {', '.join(others) or 'none'}); "
+                f"{path} has neither {SINGLE} nor {INDEX} (found {', '.join(others) or 'none'}); "
                 "save the model in safetensors format first"
             )
         self.infos = read_header(single) if single.exists() else self._read_shards(read_json(index))
@@ -82,6 +82,11 @@ class HFFolder:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / INDEX} has no weight_map")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    f"{self.path / INDEX} puts {name} into {file!r}, expected a file of this folder"
+                )
         infos: dict[str, TensorInfo] = {}
         for file in sorted(set(weight_map.values())):
             path = self.path / file

@@ -4,7 +4,7 @@ Which slice that is, the model says itself (`sharded_state_dict`, as for any che
 every layout of ranks works, and what it means in HF's tensors, the family's name table says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,21 +25,21 @@ def load_hf_weights(sharded_state: Mapping[str, object], rows: list[Row], source
     Raises CheckpointError if the model has a tensor that the name table lacks, or of another shape.
     """
     by_key = {row.megatron: row for row in rows}
-    for leaf in _tensors(sharded_state.values()):
+    for leaf in sharded_tensors(sharded_state.values()):
         row = by_key.get(leaf.key)
         if row is None:
             raise CheckpointError(f"{source.path} holds nothing for the model's {leaf.key}")
         _fill(leaf, row, source)
 
 
-def _tensors(values: object) -> Iterator["ShardedTensor"]:
+def sharded_tensors(values: Iterable[object]) -> Iterator["ShardedTensor"]:
     """Every sharded tensor below `values`; a factory (gate and up in one) gives views of its parts."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
     for value in values:
         if isinstance(value, ShardedTensorFactory):
-            yield from _tensors(value.build())
+            yield from sharded_tensors(value.build())
         elif isinstance(value, ShardedTensor):
             yield value  # what is left are the layers' extra states, which hold nothing
 

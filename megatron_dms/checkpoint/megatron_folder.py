@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.torch_dist import Reader
 
+_MOST_DIGITS = 20
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF = "hf"
@@ -34,9 +35,9 @@ def iteration_folder(megatron_dir: Path, iteration: int | None = None) -> Path:
             raise CheckpointError(
                 f"{tracker} is missing: no checkpoint was finished here; name one with --iteration"
             )
-        text = tracker.read_text().strip()
-        if text != RELEASE and not text.isdecimal():
-            raise CheckpointError(f"{tracker} says {text!r}, expected a number or {RELEASE!r}")
+        text = tracker.read_text(errors="replace").strip()
+        if text != RELEASE and not (text.isdecimal() and len(text) < _MOST_DIGITS):
+            raise CheckpointError(f"{tracker} says {text[:80]!r}, expected a number or {RELEASE!r}")
         folder = megatron_dir / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not folder.is_dir():
         found = sorted(path.name for path in megatron_dir.iterdir() if path.is_dir() and path.name != HF)

@@ -27,6 +27,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+_LARGEST = 1e30
 _YARN_DEFAULTS: dict[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": (
@@ -50,14 +51,19 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
             continue
         if not isinstance(value, Mapping):
             raise CheckpointError(f"config.json: {key} is {value!r}, expected an object or null")
-        found.update(value)
+        for name, part in value.items():
+            if found.setdefault(name, part) != part:
+                raise CheckpointError(
+                    f"config.json: RoPE's {name} is {found[name]!r} in rope_scaling and {part!r} in "
+                    "rope_parameters; keep one"
+                )
     legacy_type = found.pop("type", None)
     rope_type = found.pop("rope_type", legacy_type or "default")
     if legacy_type is not None and legacy_type != rope_type:
         raise CheckpointError(
             f"config.json: RoPE has type {legacy_type!r} and rope_type {rope_type!r}; keep one"
         )
-    if rope_type not in _NEEDED:
+    if not isinstance(rope_type, str) or rope_type not in _NEEDED:
         raise CheckpointError(
             f"config.json: RoPE type {rope_type!r} is unknown, expected one of {', '.join(_NEEDED)}; "
             "add it to megatron_dms/checkpoint/rope.py"
@@ -84,7 +90,8 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
     given = {key: value for key, value in found.items() if value is not None or key in needed}
     numbers = {"rope_theta": theta, **given}
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < _LARGEST:
             raise CheckpointError(f"config.json: RoPE's {key} is {value!r}, expected a number above 0")
     if rope_type == "yarn":
         numbers = _complete_yarn(numbers, truncate, config.get("max_position_embeddings"))

@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             for begin, after, name in places:
                 if any(type(number) is not int or number < 0 for number in (begin, after, *shapes[name])):
                     raise ValueError(name)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again") from error
     infos, end = {}, 0
     for begin, _, name in places:

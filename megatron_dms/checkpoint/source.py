@@ -24,19 +24,31 @@ _NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*
 """Keys of tensors in a training checkpoint that belong to the run, not to the model."""
 
 
+def _dms_fields(reader: Reader, args: Namespace) -> dict[str, object] | None:
+    fields = getattr(args, "dms", None)
+    if fields is not None and not (isinstance(fields, dict) and "predictor" in fields):
+        raise CheckpointError(f"{reader.folder}: args.dms is {fields!r}, expected DMS settings")
+    return fields
+
+
 def _reached_cr(reader: Reader, args: Namespace) -> float | None:
     """The compression ratio that training had asked for when it saved; None for a base model.
 
     An imported DMS model brings its own number (`args.dms_reached_cr`).
     """
-    fields = getattr(args, "dms", None)
+    fields = _dms_fields(reader, args)
     if not fields or "steps_per_cr" not in fields:  # imported, not trained here
         return getattr(args, "dms_reached_cr", None)
     try:
         config = DMSConfig.from_dict(fields)
     except ValueError as error:
         raise CheckpointError(f"{reader.folder}: {error}") from error
-    steps = reader.common()["iteration"] - config.zeroing_steps
+    iteration = reader.common().get("iteration")
+    if not isinstance(iteration, int):
+        raise CheckpointError(
+            f"{reader.folder} does not say at which step it was saved (found {iteration!r})"
+        )
+    steps = iteration - config.zeroing_steps
     if config.zeroing_steps and steps <= 0:
         raise CheckpointError(
             f"{reader.folder} was saved within its zeroing phase of {config.zeroing_steps} steps: the "
@@ -66,7 +78,7 @@ class MegatronTensors:
     dms_metadata: dict[str, object] | None
     dms_fields: Mapping[str, object] | None
     reached_cr: float | None
-    buffers: Mapping[str, FileRows]
+    buffers: dict[str, FileRows]
     places: dict[str, tuple[Row, int, int]] = field(default_factory=dict)
 
     @classmethod
@@ -89,7 +101,7 @@ class MegatronTensors:
             raise CheckpointError(
                 f"{reader.folder} has {name} {found!r}, but {side_folder / 'config.json'} needs {wanted!r}"
             )
-        fields = getattr(args, "dms", None)
+        fields = _dms_fields(reader, args)
         rows = model.family.rows(model, fields)
         reached_cr = _reached_cr(reader, args)
         buffers = _buffers(megatron_dir / HF / BUFFERS)
@@ -111,7 +123,8 @@ class MegatronTensors:
         for key, row in expected.items():
             lead = (self.model.layers,) if row.per_layer else ()
             shape, wanted = stored[key], lead + row.megatron_shape
-            if isinstance(row, Vocabulary):  # may be padded; fewer rows are refused by the row itself
+            if isinstance(row, Vocabulary):  # may be padded
+                row.check_rows(shape[0])
                 shape, wanted = shape[1:], wanted[1:]
             if shape != wanted:
                 raise CheckpointError(
@@ -144,8 +157,6 @@ class MegatronTensors:
             return [Span(name, self.buffers[name], 0, self.buffers[name].shape[0])]
         row, layer, part = self.places[name]
         stored = self.reader.rows(row.megatron, layer if row.per_layer else None)
-        if isinstance(row, Vocabulary):
-            row.split(torch.empty(stored.shape, device="meta"))  # refuses one with rows missing
         return part_of(row, part, name, stored)
 
     def read(self, name: str) -> Tensor:

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_dms.checkpoint.errors import CheckpointError
@@ -66,10 +66,10 @@ def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     parents = [path for path in partial.parents if not path.exists()]
     try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make {partial}: {error.strerror}") from error
-    try:
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make {partial}: {error.strerror}") from error
         free = shutil.disk_usage(partial).free
         if free < size:
             raise CheckpointError(
@@ -88,7 +88,8 @@ def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
         _remove(partial)  # gone already, unfinished, or by now the old output
         if not target.exists():
             for path in parents:
-                path.rmdir()
+                if path.is_dir():
+                    path.rmdir()
 
 
 def _take_place(partial: Path, target: Path) -> None:
@@ -115,7 +116,10 @@ def _take_place(partial: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder so that no reader takes what is left of it if this is killed."""
-    for name in _MARKS:
-        (folder / name).unlink(missing_ok=True)
+    """Remove a folder so that no reader takes what is left of it if this is killed. What cannot be removed
+    (a read-only old output) stays: the conversion itself is done, or has failed for a reason of its own.
+    """
+    with suppress(OSError):
+        for name in _MARKS:
+            (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ Checked on megatron-core 0.19.2 and torch 2.13:
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -240,18 +240,33 @@ class Reader:
             self._places: dict[MetadataIndex, filesystem._StorageInfo] = dict(metadata.storage_data)
             self._needed: dict[str, int] = {}
             for place in self._places.values():
+                if Path(place.relative_path).name != place.relative_path:
+                    raise ValueError(f"{place.relative_path} is no file of this folder")
                 end = max(self._needed.get(place.relative_path, 0), place.offset + place.length)
                 self._needed[place.relative_path] = end
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise CheckpointError(
                 f"{folder}: metadata is damaged ({type(error).__name__}: {error})"
             ) from error
+        unplaced = [index for index in self._chunks_and_objects(everything) if index not in self._places]
+        if unplaced:
+            raise CheckpointError(
+                f"{folder}: the metadata do not say where {unplaced[0].fqn} is; half-written?"
+            )
         if backend != "torch_dist":
             raise CheckpointError(
                 f"{folder} has format {backend!r}, expected 'torch_dist' (--ckpt-format torch_dist)"
             )
         self.objects = sorted(set(everything) - set(self.tensors))
         self._check_files()
+
+    @staticmethod
+    def _chunks_and_objects(everything: dict[str, object]) -> Iterator[MetadataIndex]:
+        for key, md in everything.items():
+            if isinstance(md, TensorStorageMetadata):
+                yield from (MetadataIndex(key, chunk.offsets) for chunk in md.chunks)
+            else:
+                yield MetadataIndex(key)
 
     def _check_files(self) -> None:
         for name, size in sorted(self._needed.items()):
@@ -320,11 +335,20 @@ class Reader:
 
     def common(self) -> dict[str, object]:
         """What is no tensor: `args`, `iteration` and so on."""
+        found = self._common()
+        if not isinstance(found, dict):
+            raise CheckpointError(
+                f"{self.folder} holds {type(found).__name__} for its arguments, expected a dict"
+            )
+        return found
+
+    def _common(self) -> object:
         if COMMON_STATE in self.objects:
             place = self._places[MetadataIndex(COMMON_STATE)]
             with (self.folder / place.relative_path).open("rb") as stream:
                 stream.seek(place.offset)
-                return _unpickle(io.BytesIO(stream.read(place.length)), self.folder)[0]
+                (found,) = _unpickle(io.BytesIO(stream.read(place.length)), self.folder) or (None,)
+                return found
         legacy = self.folder / "common.pt"  # megatron-core before 0.19
         if not legacy.is_file():
             raise CheckpointError(f"{self.folder} has neither {COMMON_STATE} nor common.pt, so no arguments")
@@ -334,6 +358,9 @@ class Reader:
 def _unpickle(stream: io.BytesIO, folder: Path) -> object:
     """Load a torch.save stream; objects of Megatron's own classes come as `plain_pickle.Opaque`."""
     try:
+        if "constants.pkl" in torch._C.PyTorchFileReader(stream).get_all_records():
+            raise ValueError("it holds a TorchScript program, which torch.load would run")
+        stream.seek(0)
         return torch.load(stream, pickle_module=plain_pickle, weights_only=False, map_location="cpu")
     except Exception as error:  # damaged bytes can raise nearly anything
         raise CheckpointError(

@@ -1,20 +1,17 @@
 """Rows of a name table: how tensors of an HF checkpoint become one tensor of a Megatron checkpoint, and back.
 
-A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, its inverse
-`split`, and the slice that one rank needs are derived from it, so a family file states its names and shapes a
-single time. All tensors are whole: neither tensor parallelism nor pipeline stages appear here, because a
-torch_dist checkpoint holds global tensors.
+A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, splitting
+(both in rows.py), and the slice that one rank needs (hf_weights.py) are derived from it, so a family file
+states its names and shapes a single time. All tensors are whole: neither tensor parallelism nor pipeline
+stages appear here, because a torch_dist checkpoint holds global tensors.
 
 Shapes: H hidden, F feed-forward, N query heads, G query groups, D head size, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from megatron_dms.checkpoint.errors import CheckpointError
 
@@ -36,7 +33,7 @@ class Row(ABC):
     """One Megatron tensor and the HF tensors it is made of.
 
     megatron: key in the checkpoint; layers share one key and have a leading layer axis of their own.
-    hf: names of the parts in the order `join` takes them; "{layer}" in them marks a row that every layer has.
+    hf: names of the parts; "{layer}" in them marks a row that every layer has.
     shapes: shape of each part.
     """
 
@@ -72,21 +69,6 @@ class Row(ABC):
                 yield Segment(part, first + begin, first + end)
             position += last - first
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """HF parts -> Megatron tensor (one part: itself)."""
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([parts[part][start:stop] for part, start, stop in self.segments()])
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Megatron tensor -> HF parts: the inverse of `join`, bit for bit."""
-        pieces: list[list[Tensor]] = [[] for _ in self.shapes]  # of each part, in its own order
-        position = 0
-        for part, start, stop in self.segments():
-            pieces[part].append(tensor[position : position + stop - start])
-            position += stop - start
-        return tuple(found[0] if len(found) == 1 else torch.cat(found) for found in pieces)
-
 
 @dataclass(frozen=True)
 class Rename(Row):
@@ -102,17 +84,17 @@ class Vocabulary(Rename):
 
     Megatron pads V to a multiple that depends on the tensor-parallel size. HF's rows are stored as they are
     (Megatron reads them into a padded tensor: `allow_shape_mismatch`); what training saved may carry
-    padding, cut off here.
+    padding, which an export leaves out.
     """
 
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def check_rows(self, count: int) -> None:
+        """Raises CheckpointError if a Megatron tensor of `count` rows lacks some of the vocabulary's."""
         rows = self.shapes[0][0]
-        if tensor.shape[0] < rows:
+        if count < rows:
             raise CheckpointError(
-                f"{self.megatron} has {tensor.shape[0]} rows, but config.json says vocab_size {rows}; "
+                f"{self.megatron} has {count} rows, but config.json says vocab_size {rows}; "
                 f"train with --vocab-size {rows} so that no row is lost"
             )
-        return (tensor[:rows],)
 
 
 @dataclass(frozen=True)

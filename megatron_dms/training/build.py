@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 
 from megatron_dms.checkpoint import set_model_args, set_rope
+from megatron_dms.checkpoint.rope import attention_factor
 from megatron_dms.checkpoint.training_args import ARCHITECTURE
 from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
@@ -57,6 +58,8 @@ def _complete(args: Namespace, teacher: Namespace) -> Namespace:
         if hasattr(teacher, name):
             setattr(complete, name, getattr(teacher, name))
     set_model_args(complete, teacher)
+    if attention_factor(teacher.rope_parameters) != 1.0:
+        complete.apply_rope_fusion = False  # the fused kernel has no such factor
     return complete
 
 

@@ -65,7 +65,6 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
     from megatron.training.global_vars import set_global_variables
 
     from megatron_dms.checkpoint import CheckpointError
-    from megatron_dms.checkpoint.megatron_folder import HF
     from megatron_dms.training.data_arguments import validate_data_args
     from megatron_dms.training.token_files import DataError
 
@@ -95,8 +94,8 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
         raise StartupError(f"Megatron refuses these flags: {said}") from error
     if args.rank == 0:
         checks.warn_if_not_zeroed(dms, start)
-        if args.save and not (Path(args.save) / HF).exists():
-            start.carry_hf_files(Path(args.save))
+        if args.save:
+            _carry_hf_files(start, Path(args.save), continues)
     return args, None if continues else start
 
 
@@ -126,6 +125,28 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:
+    """Put the HF side files beside the new checkpoints, where an export looks for them.
+
+    A new run replaces those that an earlier one of another model left, unless there are checkpoints too: its
+    files and ours would be mixed up.
+    """
+    from megatron_dms.checkpoint import CheckpointError
+    from megatron_dms.checkpoint.megatron_folder import HF, TRACKER
+
+    try:
+        if (save / HF).exists() and (continues or start.has_hf_files(save)):
+            return
+        if (save / HF).exists() and (save / TRACKER).exists():
+            raise StartupError(
+                f"--save {save} holds another model's checkpoints; choose another folder, or --load it to "
+                "go on"
+            )
+        start.carry_hf_files(save)
+    except (CheckpointError, OSError) as error:
+        raise StartupError(f"--save {save} cannot be written: {error}") from error
+
+
 def _raise_startup_error(message: str) -> NoReturn:
     raise StartupError(message)
 
@@ -152,7 +173,12 @@ def starting_point(args: Namespace) -> tuple["Weights", bool]:
     }
     names = [f"{flag} {folder}" for flag, folder in given.items() if folder]
     if args.load_hf and len(names) > 1:
-        raise StartupError(f"{' and '.join(names)}: a retrofit starts from one of them; drop the other")
+        resume = ", or --finetune to resume" if given["--load"] else ""
+        raise StartupError(
+            f"{' and '.join(names)}: a retrofit starts from one of them; drop the other{resume}"
+        )
+    if args.load_hf and args.ckpt_step is not None:
+        raise StartupError(f"--ckpt-step {args.ckpt_step} with --load-hf: a HF folder has no steps; drop it")
     if args.load_hf:
         return HFWeights(Path(args.load_hf)), False
     if finished(args.pretrained_checkpoint):
@@ -163,6 +189,9 @@ def starting_point(args: Namespace) -> tuple["Weights", bool]:
             "no checkpoint to start from: give --load-hf DIR (a HF folder), or --pretrained-checkpoint DIR "
             "(or --load DIR), a folder written by tools/convert.py import"
         )
+    for folder in wanted:
+        if (Path(folder) / "config.json").is_file():
+            raise StartupError(f"{folder} is a HF folder; use --load-hf {folder}")
     raise StartupError(
         f"no finished checkpoint in {' or '.join(wanted)} (latest_checkpointed_iteration.txt is missing); "
         "import one with tools/convert.py import"

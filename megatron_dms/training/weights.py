@@ -6,6 +6,7 @@ Both say what model they hold before anything is built, and fill a model that is
 import shutil
 from abc import ABC, abstractmethod
 from argparse import Namespace
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from megatron_dms.checkpoint import CheckpointError
@@ -33,6 +34,11 @@ class Weights(ABC):
         initialised.
         """
 
+    def has_hf_files(self, save: Path) -> bool:
+        """Whether `save`/hf holds this model's config.json already."""
+        ours, theirs = self.tokenizer_folder / "config.json", save / HF / "config.json"
+        return ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes()
+
     @abstractmethod
     def carry_hf_files(self, save: Path) -> None:
         """Put the HF side files into the folder `save`/hf, beside new checkpoints: export needs them."""
@@ -56,7 +62,7 @@ class MegatronWeights(Weights):
         self.folder = folder
         self.iteration_folder = iteration_folder(folder, iteration)
         reader, self.args = open_checkpoint(folder, iteration)
-        self.iteration = reader.common()["iteration"]
+        self.iteration = int(reader.common().get("iteration", 0))
         self.tokenizer_folder = folder / HF
 
     def load(self, model: object) -> None:
@@ -101,9 +107,9 @@ class HFWeights(Weights):
             write_side_files(self._source, self._layout, staged)
 
 
-def _new_hf_folder(save: Path):
+def _new_hf_folder(save: Path) -> AbstractContextManager[Path]:
     save.mkdir(parents=True, exist_ok=True)
-    return staged_folder(save / HF, force=False)
+    return staged_folder(save / HF, force=True)
 
 
 def open_weights(folder: str | Path, iteration: int | None = None) -> Weights:
@@ -114,7 +120,8 @@ def open_weights(folder: str | Path, iteration: int | None = None) -> Weights:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} does not exist; give a HF folder or a Megatron checkpoint")
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}; give a HF folder or a Megatron checkpoint")
     if (folder / "config.json").is_file():
         return HFWeights(folder)
     return MegatronWeights(folder, iteration)

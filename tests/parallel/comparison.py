@@ -1,7 +1,11 @@
-"""Comparing the curves of two runs."""
+"""Comparing the curves of two runs, and what Megatron validates with what transformers computes."""
 
 import math
 from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from retrofit import SEQUENCE, Workspace
 
 COMPARED = (
     "loss",
@@ -28,3 +32,20 @@ def assert_same_curves(
             assert math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance * 1e-2), (
                 f"{name} at step {step}: {a} found, {b} expected"
             )
+
+
+@torch.no_grad()
+def cross_entropy(model: torch.nn.Module, workspace: Workspace) -> float:
+    """Mean over the targets of what two validation steps of four samples see."""
+    from megatron_dms.training.data import ChatDataset
+
+    samples = 8
+    data = ChatDataset(str(workspace.data), SEQUENCE, samples, shuffle=False)
+    total = targets = 0.0
+    for sample in (data[index] for index in range(samples)):
+        real = int(sample["valid"].sum())
+        logits = model(sample["tokens"][None, :real]).logits[0]
+        losses = F.cross_entropy(logits, sample["labels"][:real], reduction="none")
+        total += float((losses * sample["loss_mask"][:real]).sum())
+        targets += float(sample["loss_mask"].sum())
+    return total / targets

@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
-from retrofit import SEQUENCE, STEPS, Workspace
+from comparison import cross_entropy
+from retrofit import STEPS, Workspace
 from transformers import AutoModelForCausalLM
 
 from megatron_dms.checkpoint import export_hf
-from megatron_dms.training.data import ChatDataset
 
-SAMPLES = 8  # two validation steps of four
 TOLERANCE = 1e-5  # relative, on the mean cross entropy in fp32
 
 PREDICTORS = {
@@ -42,13 +39,5 @@ def test_exported_model_has_the_loss_that_megatron_validated(
     assert curves["achieved CR (hard) validation"][0] > 1.05, "nothing was evicted: nothing is compared"
     export_hf(tmp_path / "run", tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
-    data = ChatDataset(str(workspace.data), SEQUENCE, SAMPLES, shuffle=False)
-    total = targets = 0.0
-    for sample in (data[index] for index in range(SAMPLES)):
-        real = int(sample["valid"].sum())
-        with torch.no_grad():
-            logits = model(sample["tokens"][None, :real]).logits[0]
-        losses = F.cross_entropy(logits, sample["labels"][:real], reduction="none")
-        total += float((losses * sample["loss_mask"][:real]).sum())
-        targets += float(sample["loss_mask"].sum())
-    assert total / targets == pytest.approx(curves["LM loss validation"][0], rel=TOLERANCE)
+    found = cross_entropy(model, workspace)
+    assert found == pytest.approx(curves["LM loss validation"][0], rel=TOLERANCE)

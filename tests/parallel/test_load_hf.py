@@ -1,15 +1,18 @@
 """From an HF folder straight into a Megatron model, at every layout, against the import of the folder."""
 
+import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from comparison import TOLERANCE, assert_same_curves
-from retrofit import STEPS, Workspace, save_qwen3
+from comparison import TOLERANCE, assert_same_curves, cross_entropy
+from retrofit import STEPS, VOCAB, WINDOW, Workspace, save_qwen3
 from torch import Tensor
 
 from megatron_dms.checkpoint import export_hf, import_hf
+from megatron_dms.training.checks import StartupError
 
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 ADAPTER = (
@@ -18,9 +21,26 @@ ADAPTER = (
 )
 LAYOUTS = ((1, 1, None), (2, 1, None), (1, 2, None), (1, 2, 2))  # TP, PP, virtual stages on a rank
 SOURCES = {
-    "tied": {},
-    "untied": {"tie_word_embeddings": False},
+    "tied": lambda folder: save_qwen3(folder),
+    "untied": lambda folder: save_qwen3(folder, tie_word_embeddings=False),
+    "biases and a linear predictor": lambda folder: save_qwen2_dms(folder),
 }
+
+
+def save_qwen2_dms(folder: Path) -> None:
+    """A random Qwen2 with a linear predictor, as an export would be."""
+    from transformers import Qwen2Config
+
+    from megatron_dms.hf import config_entries, modeling_dms
+
+    torch.manual_seed(3)
+    entries = config_entries("qwen2", "linear", "head", WINDOW, 1, 1.0, 0.0, 0.1, 4.0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = modeling_dms.Qwen2ForCausalLMDMS(Qwen2Config(**sizes, **heads, **entries))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
 
 
 def load_both_ways(rank: int, folder: Path, processes: int) -> None:
@@ -78,46 +98,9 @@ def load_as_megatron_does(chunks: list, folder: Path) -> None:
 
 def build(args, virtual_stage: int | None):
     """This rank's chunk of a GPTModel whose weights are not yet anything."""
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
+    from megatron_dms.checkpoint.parity.megatron_model import build_model
 
-    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    tp, pp = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    config = TransformerConfig(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups,
-        kv_channels=args.kv_channels,
-        normalization="RMSNorm",
-        qk_layernorm=args.qk_layernorm,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        use_cpu_initialization=True,
-        transformer_impl="local",
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=virtual,
-        pipeline_dtype=torch.float32,
-    )
-    place = {"ignore_virtual": False, "vp_stage": virtual_stage}
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization="RMSNorm"),
-        vocab_size=-(-args.vocab_size // 4) * 4,
-        max_sequence_length=64,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        vp_stage=virtual_stage,
-    )
+    model = build_model(args, virtual_stage)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
@@ -159,8 +142,8 @@ def test_every_rank_reads_its_own_slices_and_no_others(tmp_path: Path) -> None:
     """Two processes; odd vocabulary of 131 rows, padded to 132. Catches: heads of another rank, gate for up,
     a layer of another (virtual) stage, padding left as it was, the tied output layer of the last stage, whole
     tensors read for a slice."""
-    for name, changes in SOURCES.items():
-        save_qwen3(tmp_path / name, **changes)
+    for name, make in SOURCES.items():
+        make(tmp_path / name)
         import_hf(tmp_path / name, tmp_path / f"{name}_megatron")
     torch.multiprocessing.spawn(load_both_ways, (tmp_path, 2), nprocs=2)
 
@@ -200,3 +183,96 @@ def test_what_was_loaded_from_hf_is_resumed_and_comes_back(workspace: Workspace,
     assert after["model.layers.3.self_attn.dms_proj_alpha.weight"].any()
     keys = json.loads((tmp_path / "out/config.json").read_text())
     assert keys["dms_predictor"] == "linear" and (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_scaled_rope_reaches_student_and_teacher(workspace: Workspace, tmp_path: Path) -> None:
+    """A yarn model, texts three times its original context; TP 2 with recomputation. The student evicts
+    nothing, so its validated cross entropy is that of transformers' model, and its teacher agrees with it.
+    Catches: RoPE of Megatron's flags, or no attention factor, in one of the two or in both."""
+    from transformers import AutoModelForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    save_qwen3(tmp_path / "hf", rope_parameters=yarn)
+    flags = (
+        *(
+            "no--pretrained-checkpoint",
+            "--load-hf",
+            str(tmp_path / "hf"),
+            "--dms-teacher",
+            str(tmp_path / "hf"),
+        ),
+        *("--dms-predictor", "linear", "--dms-train", "predictor", "--lr", "1e-9", *TP),
+        *("--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
+        *("--valid-data-path", str(workspace.data), "--eval-iters", "2", "--eval-interval", str(STEPS)),
+    )
+    curves = workspace.run("yarn", 2, *flags)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    expected = cross_entropy(model, workspace)
+    assert curves["LM loss validation"][0] == pytest.approx(expected, rel=1e-5)
+    assert max(curves["KL validation"]) < 1e-9
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", rope_parameters=plain).eval()
+    assert abs(cross_entropy(model, workspace) / expected - 1) > 1e-3, "the scaling must show"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "continues"),
+    [
+        ("--load {run}", "MegatronWeights", True),
+        ("--load {run} --load-hf nowhere", "MegatronWeights", True),  # resumes, wherever it came from
+        ("--load {run} --pretrained-checkpoint {base}", "MegatronWeights", True),
+        ("--load {run} --finetune", "MegatronWeights", False),
+        ("--load {empty} --load-hf {hf}", "HFWeights", False),
+        ("--load {empty} --pretrained-checkpoint {base}", "MegatronWeights", False),
+        ("--load {base} --load-hf {hf}", "two", False),
+        ("--load {run} --finetune --load-hf {hf}", "two", False),
+        ("--load {empty}", "no finished", False),
+        ("--pretrained-checkpoint {hf}", "use --load-hf", False),
+        ("--load-hf {hf} --ckpt-step 3", "drop it", False),
+    ],
+)
+def test_what_a_run_starts_from(
+    flags: str, kind: str, continues: bool, workspace: Workspace, tmp_path: Path
+) -> None:
+    """Catches: a run that was begun started anew, or the other way round; one of two folders ignored."""
+    from megatron_dms.training.startup import starting_point
+
+    shutil.copytree(workspace.base, run := tmp_path / "run")
+    (run / "release").rename(run / "iter_0000005")
+    (run / "latest_checkpointed_iteration.txt").write_text("5")
+    (tmp_path / "empty").mkdir()
+    parser = argparse.ArgumentParser()
+    for flag in ("--load", "--load-hf", "--pretrained-checkpoint"):
+        parser.add_argument(flag)
+    parser.add_argument("--finetune", action="store_true")
+    parser.add_argument("--ckpt-step", type=int)
+    folders = {"run": run, "empty": tmp_path / "empty", "base": workspace.base, "hf": workspace.hf}
+    args = parser.parse_args(flags.format(**folders).split())
+    if not kind.endswith("Weights"):
+        with pytest.raises(StartupError, match=kind if kind != "two" else "starts from one of them"):
+            starting_point(args)
+        return
+    weights, resumes = starting_point(args)
+    assert (type(weights).__name__, resumes) == (kind, continues)
+
+
+def test_side_files_of_a_run_that_never_saved_are_replaced(workspace: Workspace, tmp_path: Path) -> None:
+    """Catches: an export with the config.json, code and types of a model that --save once began with."""
+    from megatron_dms.training.startup import _carry_hf_files
+    from megatron_dms.training.weights import HFWeights
+
+    first, second = HFWeights(workspace.other_teacher), HFWeights(workspace.hf)
+    save = tmp_path / "run"
+    _carry_hf_files(first, save, continues=False)
+    _carry_hf_files(second, save, continues=False)
+    ours = (workspace.hf / "config.json").read_bytes()
+    assert (save / "hf/config.json").read_bytes() == ours
+    _carry_hf_files(first, save, continues=True)  # a run that goes on keeps what it has
+    assert (save / "hf/config.json").read_bytes() == ours
+    (save / "latest_checkpointed_iteration.txt").write_text("3")
+    _carry_hf_files(second, save, continues=False)
+    with pytest.raises(StartupError, match="another model's checkpoints"):
+        _carry_hf_files(first, save, continues=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartupError, match="cannot be written"):
+        _carry_hf_files(first, tmp_path / "file" / "run", continues=False)

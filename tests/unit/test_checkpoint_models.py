@@ -173,6 +173,12 @@ def test_rope_equals_transformers(name: str) -> None:
         ({"rope_parameters": {**LLAMA3, "beta": 1}}, "beta"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0}}, "low_freq_factor"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta"),
+        (
+            {"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 2.0}},
+            "factor is 4.0 in rope_scaling",
+        ),
+        ({"rope_parameters": {**LINEAR, "factor": float("nan")}}, "factor"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"use_mrope": True}, "use_mrope"),
@@ -229,6 +235,12 @@ def test_defaults_of_absent_keys_are_those_of_transformers(name: str) -> None:
     theirs = config_class(**heads)
     base = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
     family = {"model_type": name, "architectures": [config_class.__name__.replace("Config", "ForCausalLM")]}
+    if name == "mistral":
+        with pytest.raises(
+            CheckpointError, match="sliding_window is missing"
+        ):  # transformers' default is 4096
+            read_model({**base, **heads, **family})
+        family["sliding_window"] = None
     ours = read_model({**base, **heads, **family})
     assert ours.groups == theirs.num_key_value_heads
     assert ours.head_size == (getattr(theirs, "head_dim", None) or 1024 // 64)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_checkpoint_roundtrip import join
 
 from megatron_dms.checkpoint import CheckpointError, rows
 from megatron_dms.checkpoint.rows import FileRows, Span, joined, part_of, read_all
@@ -26,8 +27,8 @@ def test_fused_qkv_in_pieces_of_any_size(piece: int, tmp_path: Path, monkeypatch
     parts = [torch.randn(shape).bfloat16() for shape in shapes]
     sources = [on_disk(tmp_path / name, part) for name, part in zip("qkv", parts, strict=True)]
     pieces = [found.clone() for span in joined(row, row.hf, sources) for found in span.pieces()]
-    assert torch.equal(torch.cat(pieces), row.join(parts))
-    whole = on_disk(tmp_path / "whole", row.join(parts))
+    assert torch.equal(torch.cat(pieces), join(row, parts))
+    whole = on_disk(tmp_path / "whole", join(row, parts))
     for number, part in enumerate(parts):
         spans = part_of(row, number, "qkv"[number], whole)
         assert torch.equal(torch.cat([found.clone() for span in spans for found in span.pieces()]), part)

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_checkpoint_models import VOCAB, edit_config, make_llama, make_qwen3
+from test_checkpoint_roundtrip import rewrite
 
-from megatron_dms.checkpoint import CheckpointError, import_hf
+from megatron_dms.checkpoint import CheckpointError, export_hf, import_hf
 from megatron_dms.checkpoint.families import read_model
 from megatron_dms.checkpoint.parity.prompts import Prompts, choose_prompts
 from megatron_dms.checkpoint.parity.ranks import Layout, Task, megatron_outputs
 from megatron_dms.checkpoint.parity.verify import verify
+from megatron_dms.checkpoint.torch_dist import Reader
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert.py"
 TENSORS = 30  # of three Llama layers, with embedding, final norm and output layer
@@ -68,6 +70,26 @@ def test_card_of_equal_checkpoints(base: Path) -> None:
     assert card["rope"]["factor"] == 4.0 and card["versions"]["megatron-core"] and card["tolerance"] == 1e-4
     table = path.with_suffix(".md").read_text()
     assert table in done.stdout and "| TP 1 " in table and "not compared: layout PP 2" in table
+
+
+def test_an_export_in_a_half_type_of_fp32_training_agrees(base: Path, tmp_path: Path) -> None:
+    """Catches: Megatron's model run with weights that the export has rounded."""
+    megatron = shutil.copytree(base / "megatron", tmp_path / "megatron")
+    reader = Reader(megatron / "release")
+    noise = torch.Generator().manual_seed(0)
+    trained = {
+        key: (value := reader.tensor(key).float()) + 0.01 * torch.randn(value.shape, generator=noise)
+        for key in reader.tensors
+    }
+    rewrite(megatron, trained, {}, iteration=7)
+    export_hf(megatron, tmp_path / "hf")
+    card = verify(tmp_path / "hf", megatron, layouts=["tp1"], card=tmp_path / "card.json")
+    assert card.passed
+    (outputs,) = megatron_outputs(Layout(1, 1), [Task(megatron, None, [Prompts(tuple(range(9)), VOCAB, 2)])])
+    rounded = {key: torch.bfloat16 for key in trained}
+    task = Task(megatron, None, [Prompts(tuple(range(9)), VOCAB, 2)], rounded)
+    ((exported,),) = megatron_outputs(Layout(1, 1), [task])
+    assert (outputs[0].logits - exported.logits).abs().max() > 1e-3, "rounding must show"
 
 
 def test_one_flipped_bit_is_named(base: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """config.json, key by key: typed reads, features that must be off, keys that change no computation."""
 
+import json
 from collections.abc import Iterable, Mapping
 
 from megatron_dms.checkpoint import dms
@@ -22,6 +23,7 @@ _OFF: Mapping[str, tuple[object, ...]] = {
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "use_mrope": (False, None),
+    "rope_interleaved": (False, None),
     "attention_dropout": (0, None),
     "pretraining_tp": (1, None),
     "quantization_config": (None,),
@@ -47,6 +49,7 @@ _WITHOUT_EFFECT = frozenset(
     "output_hidden_states output_scores prefix problem_type remove_invalid_values repetition_penalty "
     "return_dict return_dict_in_generate suppress_tokens task_specific_params temperature "
     "tf_legacy_loss tokenizer_class top_k top_p torchscript typical_p use_bfloat16 "
+    "is_llama_config transformers.js_config "  # SmolLM2's
     "attn_implementation _attn_implementation _attn_implementation_autoset".split()
 )
 
@@ -64,6 +67,12 @@ def check_known(config: Config, of_family: Iterable[str]) -> None:
 
 def check_off(config: Config, of_family: Mapping[str, tuple[object, ...]]) -> None:
     """Features that are not reproduced must not be in use: those of every family, and `of_family`."""
+    absent = [key for key in of_family if key not in config]
+    if absent:
+        raise CheckpointError(
+            f"config.json: {absent[0]} is missing, and its default is not known; set it to "
+            f"{json.dumps(of_family[absent[0]][0])} if that is what the model was trained with"
+        )
     for key, off in {**_OFF, **of_family}.items():
         if key in config and config[key] not in off:
             raise CheckpointError(
@@ -71,7 +80,7 @@ def check_off(config: Config, of_family: Mapping[str, tuple[object, ...]]) -> No
             )
     layer_types = config.get("layer_types")
     if layer_types is not None:
-        if not isinstance(layer_types, list) or set(layer_types) != {"full_attention"}:
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
             raise CheckpointError(
                 f"config.json: layer_types {layer_types!r} is not supported, expected only full_attention"
             )
@@ -110,9 +119,7 @@ def norm_epsilon(config: Config) -> float:
 
 def dtype(config: Config) -> str | None:
     """Type of the parameters: `dtype` (transformers 5) or `torch_dtype` (before)."""
-    found = {config[key] for key in ("dtype", "torch_dtype") if config.get(key) is not None}
+    found = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key) is not None}
     if len(found) > 1 or not found <= set(DTYPES):
-        raise CheckpointError(
-            f"config.json: dtype is {sorted(map(str, found))}, expected one of {', '.join(DTYPES)}"
-        )
-    return str(found.pop()) if found else None
+        raise CheckpointError(f"config.json: dtype is {sorted(found)}, expected one of {', '.join(DTYPES)}")
+    return found.pop() if found else None

@@ -30,7 +30,7 @@ class Family:
     qk_norm: q_norm and k_norm over the head size. default_head_size, default_groups: where config.json has no
     head_dim or no num_key_value_heads; None means hidden / heads, and as many as heads. qkv_bias: q, k and v
     have biases, the output projection has none (Megatron's --add-qkv-bias). off: further features that must
-    not be in use, key -> the values that mean so.
+    not be in use, key -> the values that mean so; config.json must have these keys.
     """
 
     model_type: str
@@ -52,7 +52,10 @@ class Family:
         keys.check_known(config, self.off)
         keys.check_off(config, self.off)
         hidden, heads = keys.count(config, "hidden_size"), keys.count(config, "num_attention_heads")
-        groups = keys.count(config, "num_key_value_heads", default=self.default_groups or heads)
+        told = "num_key_value_heads" in config  # null means as many as heads, absent the family's default
+        groups = keys.count(
+            config, "num_key_value_heads", default=heads if told else self.default_groups or heads
+        )
         head_size = keys.count(config, "head_dim", default=self.default_head_size or hidden // heads)
         if heads % groups:
             raise CheckpointError(
@@ -76,7 +79,6 @@ class Family:
             dtype=keys.dtype(config),
             dms=found_dms.fields if found_dms else None,
             reached_cr=found_dms.reached_cr if found_dms else None,
-            dms_format=found_dms.format if found_dms else None,
         )
 
     def rows(self, model: "Model", dms_fields: Mapping[str, object] | None) -> list[Row]:
@@ -173,8 +175,7 @@ class Model:
     """A checked config.json.
 
     dtype: a name of torch's ("bfloat16"), None where the file gives none. dms and reached_cr: what
-    `args.dms` and `args.dms_reached_cr` of a checkpoint will be, dms_format: one of dms.FORMATS; all None for
-    a base model.
+    `args.dms` and `args.dms_reached_cr` of a checkpoint will be; None for a base model.
     """
 
     family: Family
@@ -192,4 +193,3 @@ class Model:
     dtype: str | None
     dms: dict[str, object] | None
     reached_cr: float | None
-    dms_format: str | None

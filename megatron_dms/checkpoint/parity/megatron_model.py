@@ -6,7 +6,7 @@ that an error in how training sets up its model shows as a difference.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron_dms.checkpoint.hf_weights import sharded_tensors
 from megatron_dms.checkpoint.parity.prompts import Prompts
 from megatron_dms.checkpoint.rope import set_rope
 
@@ -25,9 +26,9 @@ _SEED = 1234
 """Of the decision noise, which hard decisions do not have."""
 
 
-def build_model(args: Namespace) -> "GPTModel":
+def build_model(args: Namespace, virtual_stage: int | None = None) -> "GPTModel":
     """This rank's part of Megatron's GPTModel in fp32, from a checkpoint's arguments: local layers, with the
-    DMS plug-in where the checkpoint has DMS.
+    DMS plug-in where the checkpoint has DMS. virtual_stage: which of its chunks, under virtual pipelining.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -57,8 +58,10 @@ def build_model(args: Namespace) -> "GPTModel":
         transformer_impl="local",
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        virtual_pipeline_model_parallel_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         pipeline_dtype=torch.float32,
     )
+    place = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     spec = get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     if getattr(args, "dms", None) is not None:
         from megatron_dms.config import DMSConfig
@@ -70,12 +73,13 @@ def build_model(args: Namespace) -> "GPTModel":
         spec,
         vocab_size=-(-args.vocab_size // tp) * tp,
         max_sequence_length=args.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         position_embedding_type=args.position_embedding_type,
         rotary_base=args.rotary_base,
         rotary_percent=args.rotary_percent,
+        vp_stage=virtual_stage,
     )
     set_rope(model, args.rope_parameters)
     return model
@@ -87,6 +91,14 @@ def load_weights(model: "GPTModel", folder: Path) -> None:
 
     state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"]
     model.load_state_dict(state, strict=True)
+
+
+@torch.no_grad()
+def round_weights(model: "GPTModel", dtypes: Mapping[str, torch.dtype]) -> None:
+    """Round the values of a model, in place, to the types that their keys in a checkpoint have here."""
+    for leaf in sharded_tensors(model.sharded_state_dict().values()):
+        if leaf.key in dtypes:
+            leaf.data.copy_(leaf.data.to(dtypes[leaf.key]))
 
 
 def run_model(network: "GPTModel", prompts: Prompts) -> dict[str, object]:

@@ -8,8 +8,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,11 +47,14 @@ class Layout:
 
 @dataclass(frozen=True)
 class Task:
-    """A checkpoint, and the prompts to run it on. iteration: None means the latest."""
+    """A checkpoint, and the prompts to run it on. iteration: None means the latest. rounded: Megatron's key
+    -> type that its values are rounded to before the model runs (it still runs in fp32).
+    """
 
     megatron_dir: Path
     iteration: int | None
     sets: Sequence[Prompts]
+    rounded: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 def megatron_outputs(layout: Layout, tasks: Sequence[Task]) -> list[list[Outputs]]:
@@ -112,7 +115,12 @@ def _run_tasks(rank: int, folder: Path, layout: Layout, tasks: tuple[Task, ...],
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_dms.checkpoint.parity.megatron_model import build_model, load_weights, run_model
+    from megatron_dms.checkpoint.parity.megatron_model import (
+        build_model,
+        load_weights,
+        round_weights,
+        run_model,
+    )
 
     world = layout.tp * layout.pp
     torch.distributed.init_process_group(
@@ -124,6 +132,7 @@ def _run_tasks(rank: int, folder: Path, layout: Layout, tasks: tuple[Task, ...],
         _, args = open_checkpoint(task.megatron_dir, task.iteration)
         network = build_model(args).eval()
         load_weights(network, iteration_folder(task.megatron_dir, task.iteration))
+        round_weights(network, task.rounded)
         for j, prompts in enumerate(task.sets):
             with torch.no_grad():
                 torch.save(run_model(network, prompts), folder / f"{i}-{j}-{rank}.pt")
