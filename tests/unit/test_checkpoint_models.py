@@ -94,8 +94,9 @@ def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype, **options: ob
 def edit_config(folder: Path, **changes: object) -> None:
     """Set keys of config.json; None removes one."""
     path = folder / "config.json"
+    removed = {key for key, value in changes.items() if value is None}
     config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in removed}))
 
 
 BASE = {**SHAPE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}

@@ -19,7 +19,7 @@ from megatron_dms.checkpoint.hf_folder import HFFolder
 from megatron_dms.checkpoint.megatron_folder import iteration_folder
 from megatron_dms.checkpoint.parity.verify import compare_tensors
 from megatron_dms.checkpoint.source import MegatronTensors
-from megatron_dms.checkpoint.torch_dist import Chunk, Reader, write
+from megatron_dms.checkpoint.torch_dist import COMMON_STATE, Chunk, Reader, write
 from megatron_dms.checkpoint.transforms import FusedQKV, Row, Vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,8 @@ def rewrite(megatron: Path, change: dict[str, torch.Tensor], args: dict, iterati
     stored = Namespace(**{**vars(checkpoint_args(megatron)), **args})
     folder = megatron / f"iter_{iteration:07d}"
     folder.mkdir()
-    write(folder, chunks, [], {"args": stored, "iteration": iteration})
+    objects = [key for key in reader.objects if key != COMMON_STATE]
+    write(folder, chunks, objects, {"args": stored, "iteration": iteration})
     (megatron / "latest_checkpointed_iteration.txt").write_text(str(iteration))
 
 

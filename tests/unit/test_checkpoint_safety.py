@@ -1,6 +1,7 @@
 """What a conversion leaves behind when it is killed, cannot go on, or is given something hostile."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -249,6 +250,44 @@ def test_a_hostile_pickle_runs_nothing(inputs: Path, tmp_path: Path) -> None:
             export_hf(folder, tmp_path / "out")
         assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
         shutil.rmtree(folder)
+
+
+class Scripted(torch.nn.Module):
+    """A program that runs when it is loaded."""
+
+    @torch.jit.export
+    def __getstate__(self) -> int:
+        return 1
+
+    @torch.jit.export
+    def __setstate__(self, state: int) -> None:
+        print("code of the checkpoint ran")
+        self.training = False
+
+    def forward(self, x: int) -> int:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_in_the_place_of_the_arguments_is_refused(
+    inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Catches: torch.load handing an archive with TorchScript in it to the interpreter of that."""
+    folder = tmp_path / "megatron"
+    shutil.copytree(inputs / "megatron", folder)
+    path = folder / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    (index,) = [index for index in metadata.storage_data if index.fqn.startswith("common_state")]
+    program = io.BytesIO()
+    torch.jit.save(torch.jit.script(Scripted()), program)
+    (folder / "release" / "extra.distcp").write_bytes(program.getvalue())
+    place = metadata.storage_data[index]
+    place.relative_path, place.offset, place.length = "extra.distcp", 0, len(program.getvalue())
+    path.write_bytes(pickle.dumps(metadata))
+    capfd.readouterr()
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        export_hf(folder, tmp_path / "out")
+    assert "ran" not in capfd.readouterr().out
 
 
 def test_pickled_weights_and_wrong_headers_are_refused(inputs: Path, tmp_path: Path) -> None:

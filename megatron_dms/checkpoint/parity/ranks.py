@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
@@ -100,7 +101,7 @@ def _rank(rank: int, folder: Path, layout: Layout, tasks: tuple[Task, ...], thre
     """One process: every task, its outputs to files. An error becomes one line, for the caller to repeat."""
     try:
         _run_tasks(rank, folder, layout, tasks, threads)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # DCP's is no Exception
         raise CheckpointError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
