@@ -13,16 +13,23 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _say(f"error: {message} (see {self.prog} --help)")
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "a synthetic Llama checkpoint through cp, import and export; needs 4 times its size on the disk"
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    text = "a synthetic Llama checkpoint through cp, import and export; needs 3 times its size on the disk"
     convert = commands.add_parser("convert", help=text, description=text)
     convert.add_argument(
         "--gigabytes",

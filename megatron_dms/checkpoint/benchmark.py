@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -28,6 +28,8 @@ HIDDEN = 4096  # of Llama 3 8B, whose shapes the synthetic model has; all others
 _FFN, _VOCAB, _HEAD = 3.5, 31.3125, 128
 _SHARD_BYTES = 2 * 10**9
 _INTERPRETER_BYTES = 500 * 10**6
+_COPIES = 3
+"""Of the checkpoint on the disk at once: the source, its import, and what that is exported to."""
 _TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert.py"
 # VmHWM, not ru_maxrss: the latter starts at the memory of the process that started this one
 _CHILD = """
@@ -118,19 +120,23 @@ def _repeat(block: Tensor, count: int) -> Iterator[Tensor]:
 def _convert(command: str, hf: Path, megatron: Path) -> tuple[float, int]:
     """Seconds of the conversion itself and peak memory in bytes of its process."""
     arguments = [command, "--hf", hf, "--megatron", megatron]
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, _TOOL, *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise CheckpointError(f"{command} ended with status {done.returncode}")
-    report, peak = done.stdout.splitlines()[-2:]
+    report, peak = _output(command, sys.executable, "-c", _CHILD, _TOOL, *arguments).splitlines()[-2:]
     return json.loads(report)["seconds"], int(peak) * 1024
 
 
 def _copy(source: Path, target: Path) -> tuple[float, int]:
     begin = time.monotonic()
-    subprocess.run(["cp", "-r", source, target], check=True)
+    _output("cp", "cp", "-r", source, target)
     return time.monotonic() - begin, 0
+
+
+def _output(step: str, *command: str | Path) -> str:
+    """What a command printed. Raises CheckpointError with its last line on stderr if it failed."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = (done.stderr.splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+        raise CheckpointError(f"{step} ended with status {done.returncode}: {said}")
+    return done.stdout
 
 
 def run(
@@ -138,7 +144,34 @@ def run(
 ) -> tuple[int, dict[str, Measured]]:
     """Bytes of the checkpoint, and cp, import and export measured in turn `repeats` times, after one round
     that only warms the caches. `folder` must exist and be on the disk in question; nothing is left there.
+    Raises CheckpointError, before any work where it can be known, if a number is out of range, the folder is
+    missing, the disk too small or full, or a step fails.
     """
+    _check(folder, gigabytes, repeats)
+    try:
+        return _run(folder, gigabytes, repeats, say)
+    except OSError as error:
+        raise CheckpointError(f"the benchmark in {folder} failed: {error.strerror or error}") from error
+
+
+def _check(folder: Path, gigabytes: float, repeats: int) -> None:
+    if not 0 < gigabytes < inf:
+        raise CheckpointError(f"--gigabytes is {gigabytes}, expected a finite number above 0")
+    if repeats < 1:
+        raise CheckpointError(f"--repeats is {repeats}, expected 1 or more")
+    if not folder.is_dir():
+        raise CheckpointError(f"--folder {folder} is no folder; name one on the disk to measure")
+    needed, free = _COPIES * gigabytes, shutil.disk_usage(folder).free / 1e9
+    if free < needed:
+        raise CheckpointError(
+            f"disk full: {folder} needs {needed:.3g} GB, {free:.3g} GB are free; make room, choose another "
+            "disk or lower --gigabytes"
+        )
+
+
+def _run(
+    folder: Path, gigabytes: float, repeats: int, say: Callable[[str], None]
+) -> tuple[int, dict[str, Measured]]:
     with TemporaryDirectory(prefix="bench_convert_", dir=folder) as name:
         work = Path(name)
         source, copy, megatron, back = (work / part for part in ("hf", "copy", "megatron", "back"))

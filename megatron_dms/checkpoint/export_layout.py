@@ -11,7 +11,15 @@ import torch
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
 from megatron_dms.checkpoint.families.config_keys import DTYPES
-from megatron_dms.checkpoint.hf_folder import INDEX, SINGLE, HFFolder, copy_file, read_json, side_files
+from megatron_dms.checkpoint.hf_folder import (
+    INDEX,
+    SINGLE,
+    HFFolder,
+    copy_file,
+    is_plain_name,
+    read_json,
+    side_files,
+)
 from megatron_dms.checkpoint.megatron_folder import BUFFERS, SOURCE
 from megatron_dms.checkpoint.rope import inverse_frequencies
 from megatron_dms.checkpoint.rows import Span
@@ -71,6 +79,10 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
     Two kinds may be there besides: the output layer of a tied model, if it equals the embedding, and buffers
     that say what config.json says. Raises CheckpointError, naming what is missing, not expected or misshapen.
     """
+    if model.layers > len(source.infos):
+        raise CheckpointError(
+            f"{source.path}: {len(source.infos)} tensors, but num_hidden_layers is {model.layers}"
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     for row in rows:
         for layer in range(model.layers if row.per_layer else 1):
@@ -206,9 +218,9 @@ def _read_source(path: Path) -> Known:
         tensors = {name: (file, getattr(torch, dtype)) for name, (file, dtype) in found["tensors"].items()}
         copies = {str(name): str(original) for name, original in found["copies"].items()}
         sound = all(
-            dtype in DTYPES and Path(file).name == file and file.endswith(".safetensors")
+            dtype in DTYPES and is_plain_name(file) and file.endswith(".safetensors")
             for file, dtype in found["tensors"].values()
-        )
+        ) and all(name in tensors for name in copies)
     except (KeyError, TypeError, ValueError, AttributeError):
         sound = False
     if not sound:

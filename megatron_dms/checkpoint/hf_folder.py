@@ -43,6 +43,13 @@ def read_json(path: Path) -> dict[str, object]:
     return found
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether this names a file of the folder it is written in: no path, nothing that no file is called."""
+    if not isinstance(name, str) or name in ("", ".", "..") or len(name.encode()) > 255:
+        return False
+    return name.isprintable() and "/" not in name
+
+
 def read_dms_metadata(folder: Path) -> dict[str, object] | None:
     """dms_metadata.json of a folder, where there is one."""
     path = folder / dms.METADATA
@@ -83,7 +90,7 @@ class HFFolder:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / INDEX} has no weight_map")
         for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not is_plain_name(file):
                 raise CheckpointError(
                     f"{self.path / INDEX} puts {name} into {file!r}, expected a file of this folder"
                 )

@@ -105,6 +105,10 @@ def _complete_yarn(
     complete = {**_YARN_DEFAULTS, "original_max_position_embeddings": positions, **numbers}
     if truncate is not None:
         complete["truncate"] = truncate
+    if complete["rope_theta"] <= 1:
+        raise CheckpointError(
+            f"config.json: RoPE's rope_theta is {complete['rope_theta']}, expected more than 1 for yarn"
+        )
     mscale, mscale_all = complete.pop("mscale", None), complete.pop("mscale_all_dim", None)
     if "attention_factor" not in complete:
         factor = float(complete["factor"])

@@ -43,8 +43,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, types, shapes and places in a file. Raises CheckpointError if it is cut short, if tensors
     overlap or leave gaps, or if one has another type.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    try:
+        size, stream = path.stat().st_size, path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    with stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
             raise CheckpointError(

@@ -20,6 +20,7 @@ from megatron_dms.checkpoint.training_args import differences
 from megatron_dms.checkpoint.transforms import Row, Shape, Vocabulary
 from megatron_dms.config import DMSConfig
 
+_MOST_STEPS = 2**40
 _NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*\._extra_state\b")
 """Keys of tensors in a training checkpoint that belong to the run, not to the model."""
 
@@ -41,12 +42,12 @@ def _reached_cr(reader: Reader, args: Namespace) -> float | None:
         return getattr(args, "dms_reached_cr", None)
     try:
         config = DMSConfig.from_dict(fields)
-    except ValueError as error:
-        raise CheckpointError(f"{reader.folder}: {error}") from error
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # RuntimeError: of a tensor
+        raise CheckpointError(f"{reader.folder}: args.dms is damaged: {error}") from error
     iteration = reader.common().get("iteration")
-    if not isinstance(iteration, int):
+    if not isinstance(iteration, int) or not 0 <= iteration < _MOST_STEPS:
         raise CheckpointError(
-            f"{reader.folder} does not say at which step it was saved (found {iteration!r})"
+            f"{reader.folder} has iteration {str(iteration)[:80]}, expected the step it was saved at"
         )
     steps = iteration - config.zeroing_steps
     if config.zeroing_steps and steps <= 0:

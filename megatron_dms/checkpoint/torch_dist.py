@@ -347,8 +347,8 @@ class Reader:
             place = self._places[MetadataIndex(COMMON_STATE)]
             with (self.folder / place.relative_path).open("rb") as stream:
                 stream.seek(place.offset)
-                (found,) = _unpickle(io.BytesIO(stream.read(place.length)), self.folder) or (None,)
-                return found
+                found = _unpickle(io.BytesIO(stream.read(place.length)), self.folder)
+                return found[0] if isinstance(found, list) and len(found) == 1 else found
         legacy = self.folder / "common.pt"  # megatron-core before 0.19
         if not legacy.is_file():
             raise CheckpointError(f"{self.folder} has neither {COMMON_STATE} nor common.pt, so no arguments")

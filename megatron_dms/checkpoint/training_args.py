@@ -40,7 +40,8 @@ def differences(args: Namespace, expected: Mapping[str, object]) -> Iterator[tup
         found, wanted = getattr(args, name, None), expected.get(name)
         if name == "num_query_groups" and not expected.get("group_query_attention", True):
             continue  # Megatron leaves some number there that it does not use
-        if found is not None and wanted is not None and found != wanted:
+        # a damaged file may hold anything, of which only plain values compare as True
+        if found is not None and wanted is not None and (found == wanted) is not True:
             yield name, found, wanted
 
 

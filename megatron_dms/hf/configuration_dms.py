@@ -6,6 +6,7 @@ without torch. (This file is copied flat into every exported checkpoint: relativ
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,6 @@ def _expect_int(key: str, value: Any) -> None:
 
 def _expect_number(key: str, value: Any, above: float = -math.inf) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= above:
+    if not is_number or not above < value < math.inf or abs(value) > sys.float_info.max:
         bound = "" if above == -math.inf else f" above {above}"
-        raise ValueError(f"{key} is {value!r}, expected a finite number{bound}")
+        raise ValueError(f"{key} is {str(value)[:80]}, expected a finite number{bound}")

@@ -11,6 +11,8 @@ Config = Mapping[str, object]
 DTYPES = ("float32", "bfloat16", "float16")
 """Types of parameters that can be converted."""
 
+_MOST = 2**40
+"""No count of a model is larger."""
 _READ = frozenset(
     "architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim num_hidden_layers "
     "intermediate_size vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta "
@@ -96,8 +98,8 @@ def count(config: Config, key: str, default: int | None = None) -> int:
     value = config.get(key)
     if value is None:
         value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"config.json: {key} is {value!r}, expected a whole number above 0")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MOST:
+        raise CheckpointError(f"config.json: {key} is {str(value)[:80]}, expected a whole number above 0")
     return value
 
 
