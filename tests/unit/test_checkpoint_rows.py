@@ -1,15 +1,19 @@
 """Tensors read a few rows at a time: every piece where it belongs, however the tensor is stored."""
 
+import tempfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_checkpoint_roundtrip import join
 
-from megatron_dms.checkpoint import CheckpointError, rows
+from megatron_dms.checkpoint import CheckpointError, rows, set_model_args
 from megatron_dms.checkpoint.rows import FileRows, Span, joined, part_of, read_all
 from megatron_dms.checkpoint.torch_dist import Chunk, Reader, ShardedRows, _Shard, write
-from megatron_dms.checkpoint.transforms import FusedQKV
+from megatron_dms.checkpoint.transforms import FusedQKV, Vocabulary
 
 
 def on_disk(path: Path, tensor: torch.Tensor) -> FileRows:
@@ -78,3 +82,32 @@ def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
     source.path.write_bytes(source.path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="ends in the middle"):
         read_all(source)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    vocab=st.integers(1, 400),
+    multiple=st.sampled_from([1, 3, 8, 64, 128]),
+    tp=st.sampled_from([1, 2, 4, 8]),
+    hidden=st.integers(1, 5),
+)
+def test_padding_of_any_vocabulary_at_any_layout_is_left_out(
+    vocab: int, multiple: int, tp: int, hidden: int
+) -> None:
+    """What ranks save of a padded vocabulary, one chunk each. Catches: rows lost, doubled or left over where
+    the last rank holds some padding, or only padding."""
+    args = Namespace(make_vocab_size_divisible_by=multiple, tensor_model_parallel_size=tp)
+    set_model_args(args, Namespace(rope_parameters={}, vocab_size=vocab))
+    padded = args.padded_vocab_size
+    assert padded >= vocab and padded % (multiple * tp) == 0 and padded - vocab < multiple * tp
+    row = Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((vocab, hidden),))
+    weight = torch.randn(padded, hidden)
+    row.check_rows(padded)
+    size = padded // tp
+    with tempfile.TemporaryDirectory() as name:
+        ranks = [on_disk(Path(name, f"{i}"), part) for i, part in enumerate(weight.split(size))]
+        shards = [_Shard(part, (0, 0), (i * size, 0), (size, hidden)) for i, part in enumerate(ranks)]
+        stored = ShardedRows((padded, hidden), torch.float32, shards)
+        spans = part_of(row, 0, row.hf[0], stored)
+        found = torch.cat([piece.clone() for span in spans for piece in span.pieces()])
+    assert torch.equal(found, weight[:vocab])
