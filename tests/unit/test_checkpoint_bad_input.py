@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint_models import edit_config, make_llama, make_qwen3
+from test_checkpoint_models import edit_config
 
 from megatron_dms.checkpoint import (
     CheckpointError,
@@ -24,22 +24,6 @@ from megatron_dms.checkpoint import (
 from megatron_dms.checkpoint.staging import staged_folder
 
 FIRST = "model-00001-of-00003.safetensors"
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf (Llama in three files), tied (Qwen3) and megatron (the first, imported): never changed."""
-    folder = tmp_path_factory.mktemp("originals")
-    make_llama(folder / "hf")
-    make_qwen3(folder / "tied")
-    import_hf(folder / "hf", folder / "megatron")
-    return folder
-
-
-@pytest.fixture
-def copies(originals: Path, tmp_path: Path) -> Path:
-    shutil.copytree(originals, tmp_path / "copies")
-    return tmp_path / "copies"
 
 
 def change_tensors(file: Path, change: Callable[[dict], object]) -> None:

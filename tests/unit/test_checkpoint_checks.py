@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoint_models import make_llama, make_qwen3
+from test_checkpoint_models import make_qwen3
 from test_checkpoint_roundtrip import DMS, files_of, rewrite, tensors_of
 
 from megatron_dms.checkpoint import CheckpointError, convert, export_hf, export_layout, import_hf, torch_dist
@@ -21,21 +21,6 @@ from megatron_dms.checkpoint.torch_dist import Chunk, Reader
 
 FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
 NORM, FC2 = "decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2.weight"
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf (Llama in three files) and megatron (the same, imported): never changed."""
-    folder = tmp_path_factory.mktemp("originals")
-    make_llama(folder / "hf")
-    import_hf(folder / "hf", folder / "megatron")
-    return folder
-
-
-@pytest.fixture
-def copies(originals: Path, tmp_path: Path) -> Path:
-    shutil.copytree(originals, tmp_path / "copies")
-    return tmp_path / "copies"
 
 
 def edit_json(path: Path, change: Callable[[dict], object]) -> None:

@@ -1,8 +1,7 @@
-"""Mistakes on the command line, in checkpoints and in data: one line each, before anything is built or
-written.
+"""Mistakes on the command line, in checkpoints and in data: one line each, before anything is built.
 
-Imports of Megatron take seconds, so all cases but a few go through one process, which calls what
-pretrain_dms.py calls, in its order, and collects each message."""
+Imports of Megatron take seconds, so most cases go through one process, which calls what pretrain_dms.py calls
+and collects each message."""
 
 import json
 import os
