@@ -179,8 +179,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("{root}/nowhere is no folder", "expected a local HF checkpoint"),
     ),
     "a Megatron folder for a HF folder": (
-        "no--pretrained-checkpoint --load-hf {root}/base",
-        ("{root}/base/config.json is missing",),
+        *("no--pretrained-checkpoint --load-hf {root}/base", ("{root}/base/config.json is missing",)),
     ),
     "a HF folder of a DMS model with other settings": (
         "no--pretrained-checkpoint --load-hf {root}/hf_dms",
