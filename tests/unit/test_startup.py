@@ -179,15 +179,12 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("{root}/nowhere is no folder", "expected a local HF checkpoint"),
     ),
     "a Megatron folder for a HF folder": (
-        *("no--pretrained-checkpoint --load-hf {root}/base", ("{root}/base/config.json is missing",)),
+        "no--pretrained-checkpoint --load-hf {root}/base",
+        ("{root}/base/config.json is missing",),
     ),
     "a HF folder of a DMS model with other settings": (
         "no--pretrained-checkpoint --load-hf {root}/hf_dms",
         ("--dms-window is 7", "trained with 512", "use --dms-window 512", "{root}/hf_dms"),
-    ),
-    "a TP that does not divide, from HF": (
-        "no--pretrained-checkpoint --load-hf {root}/hf --tensor-model-parallel-size 3",
-        ("--tensor-model-parallel-size is 3", "must divide"),
     ),
     "a teacher that is not there": (
         "--dms-teacher {root}/nowhere",
