@@ -21,6 +21,7 @@ from megatron_dms.checkpoint.hf_folder import (
     side_files,
 )
 from megatron_dms.checkpoint.megatron_folder import BUFFERS, SOURCE
+from megatron_dms.checkpoint.model_card import model_name
 from megatron_dms.checkpoint.rope import inverse_frequencies
 from megatron_dms.checkpoint.rows import Span
 from megatron_dms.checkpoint.safetensors_file import TensorInfo, write_file
@@ -150,7 +151,8 @@ def write_side_files(source: HFFolder, layout: Layout, folder: Path) -> None:
     """
     for name in side_files(source.path):
         copy_file(source.path / name, folder / name)
-    (folder / SOURCE).write_text(json.dumps(layout.to_json(), indent=1) + "\n")
+    content = {"name": model_name(source.path), **layout.to_json()}
+    (folder / SOURCE).write_text(json.dumps(content, indent=1) + "\n")
     if layout.buffers:
         infos = {name: layout.infos[name] for name in layout.buffers}
         write_file(folder / BUFFERS, infos, ((name, [source.read(name)]) for name in infos))

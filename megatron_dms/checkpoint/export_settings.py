@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_dms import hf
 from megatron_dms.checkpoint import dms
 from megatron_dms.checkpoint.errors import CheckpointError
-from megatron_dms.checkpoint.hf_folder import copy_file
+from megatron_dms.checkpoint.hf_folder import copy_file, read_json
+from megatron_dms.checkpoint.megatron_folder import SOURCE
+from megatron_dms.checkpoint.model_card import BASE_CARD, CARD, model_card, model_name
 from megatron_dms.checkpoint.source import MegatronTensors
 
 CONFIG = "config.json"
@@ -19,13 +21,15 @@ class Settings:
     """Planned before anything is written, so that a format that cannot hold the model is refused in time.
 
     source: folder of the side files. content: file name -> what it will hold; None: the source's bytes.
+    renamed: side files that get another name.
     """
 
     source: Path
-    content: dict[str, Mapping[str, object] | None]
+    content: dict[str, Mapping[str, object] | str | None]
     code: tuple[Path, ...]
     replaced: frozenset[str]
     """Names of side files that are not to be copied."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def plan(cls, tensors: MegatronTensors, dms_format: str | None) -> "Settings":
@@ -42,18 +46,25 @@ class Settings:
             return cls(tensors.side_folder, {CONFIG: None}, (), frozenset({CONFIG}))
         config = dms.write_config(tensors.config, source, target, tensors.model.family)
         metadata = dms.write_metadata(tensors.dms_metadata, target, tensors.model.positions)
-        content = {} if metadata is None else {dms.METADATA: metadata}
-        content[CONFIG] = config  # last: without it nobody takes a folder for a model
+        content: dict[str, Mapping[str, object] | str | None] = {}
+        if metadata is not None:
+            content[dms.METADATA] = metadata
         ours = tuple(Path(file) for file in hf.export_files())
         runs_ours = hf.MODELING_MODULE in str(config.get("auto_map"))
         brought_ours = source is not None and source.format == "megatron_dms"
         stale = () if target == source else (dms.METADATA,)
+        renamed = {}
+        if runs_ours and target != source:
+            content[CARD] = _card(tensors, target, brought_ours)
+            renamed = {} if brought_ours else {CARD: BASE_CARD}
+        content[CONFIG] = config  # last: without it nobody takes a folder for a model
         before = {CONFIG: tensors.config, dms.METADATA: tensors.dms_metadata}
         return cls(
             tensors.side_folder,
-            {name: None if value is before[name] else value for name, value in content.items()},
+            {name: None if value is before.get(name) else value for name, value in content.items()},
             ours if runs_ours else (),
-            frozenset({CONFIG, *stale, *(file.name for file in ours if brought_ours)}),
+            frozenset({*content, *stale, *(file.name for file in ours if brought_ours)}),
+            renamed,
         )
 
     @staticmethod
@@ -72,8 +83,21 @@ class Settings:
         """Write the files into an export, config.json last."""
         for file in self.code:
             copy_file(file, out / file.name)
+        for name, new_name in self.renamed.items():
+            if (self.source / name).is_file():
+                copy_file(self.source / name, out / new_name)
         for name, value in self.content.items():
             if value is None:
                 copy_file(self.source / name, out / name)
             else:
-                (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                text = value if isinstance(value, str) else json.dumps(value, indent=2) + "\n"
+                (out / name).write_text(text, encoding="utf-8")
+
+
+def _card(tensors: MegatronTensors, target: dms.DMS, brought_ours: bool) -> str:
+    """The model card; what the weights came from is the name of the folder that was imported."""
+    path = tensors.side_folder / SOURCE
+    name = read_json(path).get("name") if path.is_file() else model_name(tensors.side_folder)
+    own_card = tensors.side_folder / (BASE_CARD if brought_ours else CARD)
+    iteration = tensors.reader.common().get("iteration", 0)
+    return model_card(target, tensors.args, iteration, str(name or "the base model"), own_card)

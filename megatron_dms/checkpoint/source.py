@@ -72,6 +72,7 @@ class MegatronTensors:
     """
 
     reader: Reader
+    args: Namespace
     model: Model
     rows: list[Row]
     side_folder: Path
@@ -106,7 +107,7 @@ class MegatronTensors:
         rows = model.family.rows(model, fields)
         reached_cr = _reached_cr(reader, args)
         buffers = _buffers(megatron_dir / HF / BUFFERS)
-        found = cls(reader, model, rows, side_folder, config, metadata, fields, reached_cr, buffers)
+        found = cls(reader, args, model, rows, side_folder, config, metadata, fields, reached_cr, buffers)
         found._check()
         return found
 

@@ -247,3 +247,43 @@ def test_an_export_in_both_config_formats_runs(dms_format: str, tmp_path: Path) 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     model.generate(torch.arange(3, 9)[None], max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert model.last_kv_stats.achieved_cr > 1.2
+
+
+BASE_CARD = "---\nlicense: apache-2.0\nlicense_link: here\nlanguage: en\n---\n# Base\n"
+
+
+def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
+    """Catches: a card without base, ratio, window, recipe or licence; the base's own card lost; a card made
+    anew although nothing was trained."""
+    source = make_qwen3(tmp_path / "models--Owner--Base" / "snapshots" / "0123")
+    (source / "README.md").write_text(BASE_CARD)
+    import_hf(source, megatron := tmp_path / "megatron")
+    export_hf(megatron, tmp_path / "dense")
+    assert files_of(tmp_path / "dense") == files_of(source)
+    trained = {**NVIDIA_FIELDS, **TRAINED, "train": "predictor", "teacher": "a folder", "kl": "teacher_student"}
+    args = {"dms": trained, "global_batch_size": 64, "seq_length": 8192, "lr": 3e-5}
+    rewrite(megatron, {}, args, iteration=200)
+    export_hf(megatron, out := tmp_path / "out")
+    card = (out / "README.md").read_text()
+    for line in (
+        "base_model: Owner/Base",
+        "license: apache-2.0",
+        "license_link: here",
+        "| compression ratio asked for by the schedule | 3 |",
+        "| window | 16 tokens |",
+        "| who decides | the last channel of the first query head of each group |",
+        "| trained | the predictor alone, by distillation from a frozen teacher (teacher_student) |",
+        "| steps | 200 |",
+        "| tokens a sample | 8192 |",
+        "print(model.last_kv_stats)",
+    ):
+        assert line in card.splitlines(), line
+    assert (out / "README_base.md").read_text() == BASE_CARD
+    import_hf(out, tmp_path / "again")
+    export_hf(tmp_path / "again", tmp_path / "twice")
+    assert files_of(tmp_path / "twice") == files_of(out)
+    stored = checkpoint_args(tmp_path / "again").dms
+    rewrite(tmp_path / "again", {}, {"dms": {**stored, **TRAINED}}, iteration=100)
+    export_hf(tmp_path / "again", tmp_path / "more")
+    assert "schedule | 2 |" in (tmp_path / "more/README.md").read_text()
+    assert (tmp_path / "more/README_base.md").read_text() == BASE_CARD
