@@ -33,5 +33,5 @@ PYTHON
 
 COPY . .
 # The last line fails where pip put another torch in the place of the container's after all.
-RUN pip install -c /tmp/versions.txt -e ".[dev]" \
+RUN pip install -c /tmp/versions.txt -e ".[dev,eval]" \
     && grep -qx "torch==$(python -c 'from importlib.metadata import version; print(version("torch"))')" /tmp/versions.txt

@@ -25,7 +25,7 @@ $(STAMP): setup.py constraints.txt
 	if [ -z "$$python" ]; then python=$$(sh scripts/find_python.sh); fi; \
 	echo "installing into $(VENV)/ with $$python (about 5 GB, a few minutes) ..."; \
 	"$$python" -m venv "$(VENV)"; \
-	"$(PY)" -m pip install -c constraints.txt -e ".[dev]"; \
+	"$(PY)" -m pip install -c constraints.txt -e ".[dev,eval]"; \
 	touch "$@"
 
 test: lint
