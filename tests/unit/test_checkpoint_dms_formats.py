@@ -260,7 +260,7 @@ def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
     import_hf(source, megatron := tmp_path / "megatron")
     export_hf(megatron, tmp_path / "dense")
     assert files_of(tmp_path / "dense") == files_of(source)
-    trained = {**NVIDIA_FIELDS, **TRAINED, "train": "predictor", "teacher": "a folder", "kl": "teacher_student"}
+    trained = {**NVIDIA_FIELDS, **TRAINED, "train": "predictor", "teacher": "T", "kl": "teacher_student"}
     args = {"dms": trained, "global_batch_size": 64, "seq_length": 8192, "lr": 3e-5}
     rewrite(megatron, {}, args, iteration=200)
     export_hf(megatron, out := tmp_path / "out")
