@@ -56,9 +56,9 @@ def _convert(options: argparse.Namespace) -> None:
 
     size, found = benchmark.run(options.folder, options.gigabytes, options.repeats, _say)
     print(f"{size / 1e9:.2f} GB, medians of {options.repeats}; start: Python, torch, and its own imports")
-    print(f"{'':8}{'seconds':>9}{'GB/s':>7}{'x cp':>7}{'start s':>9}{'peak MB':>9}{'allowed MB':>12}")
+    print(f"{'':14}{'seconds':>9}{'GB/s':>7}{'x cp':>7}{'start s':>9}{'peak MB':>9}{'allowed MB':>12}")
     for step, row in found.items():
-        line = f"{step:8}{row.seconds:9.2f}{size / row.seconds / 1e9:7.2f}{row.ratio_to_cp:7.2f}"
+        line = f"{step:14}{row.seconds:9.2f}{size / row.seconds / 1e9:7.2f}{row.ratio_to_cp:7.2f}"
         if row.peak_bytes:
             line += f"{row.start_seconds:9.2f}{row.peak_bytes / 1e6:9.0f}{row.allowed_bytes / 1e6:12.0f}"
         print(line)
