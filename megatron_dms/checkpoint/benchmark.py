@@ -142,8 +142,8 @@ def _output(step: str, *command: str | Path) -> str:
 def run(
     folder: Path, gigabytes: float, repeats: int, say: Callable[[str], None]
 ) -> tuple[int, dict[str, Measured]]:
-    """Bytes of the checkpoint, and import and export, each after a cp of its input, `repeats` times, after one
-    round that only warms the caches. `folder` must exist and be on the disk in question; nothing is left
+    """Bytes of the checkpoint, and import and export, each after a cp of its input, `repeats` times, after
+    one round that only warms the caches. `folder` must exist and be on the disk in question; nothing is left
     there. Raises CheckpointError, before any work where it can be known, if a number is out of range, the
     folder is missing, the disk too small or full, or a step fails.
     """
@@ -178,8 +178,8 @@ def _run(
         say(f"making a checkpoint of {gigabytes} GB or more in {work} ...")
         infos = synthetic(source, gigabytes)
         size = sum(info.nbytes for info in infos.values())
-        # Each conversion right after a cp of what it reads: a virtual machine takes memory that it has not used
-        # for a while from its host first, which makes any first writing of so many bytes slower.
+        # Each conversion right after a cp of what it reads: a virtual machine takes memory that it has not
+        # used for a while from its host first, which makes any first writing of so many bytes slower.
         steps: dict[str, Callable[[], tuple[float, int]]] = {
             "cp to import": lambda: _copy(source, copy),
             "import": lambda: _convert("import", source, megatron),

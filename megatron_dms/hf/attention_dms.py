@@ -14,7 +14,8 @@ from torch import Tensor, nn
 # Half-rotation RoPE is one function for every family served here; cos and sin come from the model.
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .cache_dms import DMSCache, fresh_pairs
+from .cache_dms import DMSCache
+from .cache_layer_dms import fresh_pairs
 from .configuration_dms import DMSSettings
 from .sparse_attention_dms import NewTokens, attend
 from .stats_dms import KVMeter
@@ -25,6 +26,8 @@ class DMSStep(NamedTuple):
 
     new: NewTokens
     meter: KVMeter
+    copies: int = 1
+    """How many rows of the caller's batch each row of this forward stands for; see fork_dms.py."""
 
 
 class DMSAttention(nn.Module):
@@ -102,17 +105,22 @@ class DMSAttention(nn.Module):
         new, meter, layer = dms_step.new.to(q_BHTD.device), dms_step.meter, self.layer_idx
         carries_BT = new.position_BT >= self.settings.lag  # padding, at -1, carries nothing
         meter.record_decisions(layer, (evict_BGT & carries_BT[:, None]).sum(dim=2))
+        dropout = self.attention_dropout if self.training else 0.0
         if past_key_values is None:
             pairs = fresh_pairs(k_BGTD, v_BGTD, evict_BGT, new, self.settings.lag)
         else:
             store = past_key_values.layers[layer]
-            pairs = store.extend(k_BGTD, v_BGTD, evict_BGT, new)
+            # What is in the pages has no gradient, not even for the pair of this token; nor has it dropout.
+            by_pages = not dropout and not (torch.is_grad_enabled() and q_BHTD.requires_grad)
+            pairs = store.extend(k_BGTD, v_BGTD, evict_BGT, new, by_pages)
             bytes_per_pair = (k_BGTD.shape[-1] + v_BGTD.shape[-1]) * k_BGTD.element_size()
             meter.record_storage(
                 layer, store.held_BG, bytes_per_pair, store.kv_bytes, store.bookkeeping_bytes
             )
-        dropout = self.attention_dropout if self.training else 0.0
-        out_BHTD = attend(q_BHTD, pairs, new, self.settings.window, self.scaling, dropout)
+        if pairs is None:
+            out_BHTD = store.attend(q_BHTD, self.scaling)
+        else:
+            out_BHTD = attend(q_BHTD, pairs, new, self.settings.window, self.scaling, dropout)
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1)), None
 
     def decide(self, q_BHTD: Tensor, k_BGTD: Tensor, residual: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .attention_dms import DMSStep, install_attention
 from .cache_dms import DMSCache
 from .configuration_dms import DMSSettings
+from .fork_dms import first_of_equal_rows, repeat_rows
 from .sparse_attention_dms import NewTokens
 from .stats_dms import KVMeter, KVStats
 
@@ -46,9 +47,12 @@ class DMSForCausalLM:
         super().__init__(config)
         self.dms_settings = DMSSettings.from_entries(vars(config))
         _refuse_sliding_layers(config)
+        self.page_attention = "torch"
+        """Which of PAGE_ATTENTION (see page_attention_dms.py) the caches of this model are made with."""
         self._dms_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings)
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
+        self.model.register_forward_hook(repeat_rows, with_kwargs=True)
         if self.dms_settings.disable_eviction:
             logger.warning_once("dms_disable_eviction is set: the model keeps every pair and its CR is 1")
 
@@ -77,7 +81,8 @@ class DMSForCausalLM:
 
     def make_cache(self) -> DMSCache:
         """An empty cache for this model, to pass as past_key_values and keep."""
-        return DMSCache(len(self.model.layers), self.dms_settings.window, self.dms_settings.lag)
+        settings = self.dms_settings
+        return DMSCache(len(self.model.layers), settings.window, settings.lag, self.page_attention)
 
     # ---- one forward ----
 
@@ -95,6 +100,10 @@ class DMSForCausalLM:
         self._refuse_unsupported(inputs)
         B, T = tokens.shape[:2]
         cache = self._settle_cache(inputs)
+        copies = 1 if cache is None else cache.copies
+        if copies > 1:
+            copies = first_of_equal_rows(inputs, cache, B, T)
+            B //= copies
         past = 0 if cache is None else cache.get_seq_length()
         real_BT = _real_tokens(inputs.get("attention_mask"), B, T, past, tokens.device)
         _refuse_packed(inputs.get("position_ids"), real_BT, T)
@@ -109,7 +118,7 @@ class DMSForCausalLM:
         meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
         self._dms_meter = meter
         inputs["past_key_values"] = cache
-        inputs["dms_step"] = DMSStep(new, meter)
+        inputs["dms_step"] = DMSStep(new, meter, copies)
         # Nobody reads this mask. It is 4D because transformers passes such a mask on as it is, where it would
         # else build one of [B, 1, T, S].
         inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
@@ -125,6 +134,7 @@ class DMSForCausalLM:
                 raise ValueError(
                     f"this DMS cache has (layers, window, lag) = {found}, the model needs {expected}"
                 )
+            cache.refuse_if_broken()
             return cache
         if cache is None:
             use_cache = inputs.get("use_cache")
@@ -156,10 +166,16 @@ class DMSForCausalLM:
         """Called once by `generate`, where transformers would make a DynamicCache."""
         _refuse_generation_modes(generation_config, args[0] if args else kwargs.get("generation_mode"))
         cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache:
+            cache = model_kwargs["past_key_values"] = self.make_cache()
         if isinstance(cache, DMSCache):
+            cache.refuse_if_broken()
             cache.meter.restart_sequences()
-        elif cache is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = self.make_cache()
+            if cache.seen_B is None:
+                # Each prompt comes this many times over, and is computed once: see fork_dms.py.
+                cache.copies = max(
+                    generation_config.num_beams or 1, generation_config.num_return_sequences or 1
+                )
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
         """Called once by `generate`; what it returns is asked after every token, which is when to count."""
@@ -179,6 +195,8 @@ class CountingCriteria(StoppingCriteriaList):
         ended_B = super().__call__(input_ids, scores, **kwargs)
         meter = self.model._dms_meter
         if meter.has_storage:
+            if not self.follows_beams:  # there ended_B has a row for each candidate
+                meter.match_rows(len(ended_B))
             # A beam that ends is replaced by another one: its slot goes on.
             meter.count_generated(None if self.follows_beams else ended_B)
         return ended_B

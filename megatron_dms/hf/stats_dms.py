@@ -42,7 +42,7 @@ class KVStats:
     peak_bytes: int
     """Most bytes allocated for keys and values, empty slots included, over all layers and sequences."""
     peak_bookkeeping_bytes: int
-    """Bytes of slot positions and marks at the same moment; not part of peak_bytes."""
+    """Bytes of page owners, slots and marks at the same moment; not part of peak_bytes."""
     dense_bytes: int
     """Bytes of keys and values in a dense cache with every sequence at the longest one's tokens_seen."""
     evicted_fraction_per_head: list[list[float]]
@@ -140,6 +140,17 @@ class KVMeter:
         self.generated_B = self.generated_B + self.active_B.to(self.generated_B.dtype)
         if ended_B is not None:
             self.active_B = self.active_B & ~ended_B.to(self.active_B.device)
+
+    @property
+    def rows(self) -> int | None:
+        """Sequences counted; None before the first forward."""
+        return None if self.active_B is None else len(self.active_B)
+
+    def match_rows(self, rows: int) -> None:
+        """Where a prompt was computed once for several sequences: from here on each of them counts."""
+        if self.rows is not None and self.rows != rows:
+            index = torch.arange(self.rows, device=self.active_B.device)
+            self.select_sequences(index.repeat_interleave(rows // self.rows))
 
     def select_sequences(self, index: Tensor) -> None:
         """Follow the cache when a beam search reorders, repeats or drops sequences."""

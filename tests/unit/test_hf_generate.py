@@ -17,6 +17,7 @@ from test_hf_reference import (  # noqa: F401
 from transformers import StoppingCriteria
 
 from megatron_dms.hf import MODEL_CLASSES
+from megatron_dms.hf.pages_dms import PAGE_SIZE
 
 PROMPT, NEW = 13, 17
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}
@@ -106,10 +107,11 @@ def test_bytes_are_those_of_the_storage():
     model = tiny_model()
     out = model.generate(random_tokens(2, PROMPT), return_dict_in_generate=True, **GREEDY)
     stats, layers = model.last_kv_stats, out.past_key_values.layers
-    slots = sum(layer.keys.shape[2] for layer in layers)
-    assert stats.peak_bytes == 2 * KV_HEADS * slots * HEAD_SIZE * 4 * 2  # B, G, slots, D, fp32, K and V
-    tensors = [t for layer in layers for t in (layer.position_BGS, layer.marked_BGS)]
-    assert stats.peak_bookkeeping_bytes == sum(t.nbytes for t in tensors)
+    pages = sum(len(layer.pool.owner_P) for layer in layers)
+    assert stats.peak_bytes == pages * PAGE_SIZE * HEAD_SIZE * 4 * 2  # fp32, K and V
+    heads, entries = 2 * KV_HEADS, model.dms_settings.window + 1
+    per_layer = heads * (entries * (4 + 1) + 8 + 8) + 8  # slot and mark; count and last page; pages in use
+    assert stats.peak_bookkeeping_bytes == LAYERS * per_layer + pages * (8 + 4)  # owner and fill
     assert stats.dense_bytes == 2 * LAYERS * KV_HEADS * (PROMPT + NEW - 1) * HEAD_SIZE * 4 * 2
     record = json.loads(json.dumps(stats.to_dict()))
     assert "evicted_fraction_per_head" not in record and record["achieved_cr"] == stats.achieved_cr

@@ -1,0 +1,77 @@
+"""Attention of one new token over pages: every head reads its own pairs, as many as it has, and no others.
+
+Heads differ in how many pairs they hold, so a batched product over heads would be as wide as the fullest one.
+The pages of all heads are of one size, so the products run over pages, and a softmax joined over the pages of
+a head puts the pieces together.
+
+    attend = page_attention("torch")
+    out_NRD = attend(q_NRD, keys_PSD, values_PSD, owner_P, fill_P, scale)
+
+"torch" runs anywhere and is the default; "triton" is a kernel for CUDA (page_kernel_dms.py), chosen by
+
+    model.page_attention = "triton"
+
+Shapes: N heads (sequence times KV head), R query heads per KV head, P pages, S slots of a page, D head size.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .page_kernel_dms import attend_pages_triton
+
+PageAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def attend_pages(
+    q_NRD: Tensor, keys_PSD: Tensor, values_PSD: Tensor, owner_P: Tensor, fill_P: Tensor, scale: float
+) -> Tensor:
+    """softmax(q k^T * scale) v over all pairs of each head, in plain torch.
+
+    Scores are products in the type of the inputs, as in transformers' eager attention; maxima, exponentials
+    and sums are in fp32 for half types (fp64 stays fp64).
+
+    Args:
+        q_NRD: the query heads that share each KV head.
+        keys_PSD, values_PSD: slots from `fill_P` on are not read, but must be finite; the last sizes may
+            differ.
+        owner_P: int64, the head a page belongs to, N for a free page.
+        fill_P: integers, pairs in the page.
+        scale: factor on the scores.
+
+    Returns:
+        [N, R, D] in the type of q; 0 for a head without pairs.
+    """
+    N, R, _ = q_NRD.shape
+    P, S, value_size = values_PSD.shape
+    exact = torch.float64 if q_NRD.dtype == torch.float64 else torch.float32
+    # Row N is everything's that belongs to nobody: free pages need no case of their own.
+    q_PRD = torch.cat([q_NRD * scale, q_NRD.new_zeros(1, *q_NRD.shape[1:])])[owner_P]
+    score_PRS = torch.bmm(q_PRD, keys_PSD.transpose(1, 2)).to(exact)
+    empty_PS = torch.arange(S, device=fill_P.device) >= fill_P[:, None]
+    score_PRS = score_PRS.masked_fill(empty_PS[:, None], -torch.inf)
+
+    # Starting at the lowest finite number, not at -inf: exp(-inf - (-inf)) is NaN in a page without pairs.
+    lowest_NR = torch.full((N + 1, R), torch.finfo(exact).min, dtype=exact, device=q_NRD.device)
+    top_NR = lowest_NR.scatter_reduce(0, owner_P[:, None].expand(P, R), score_PRS.amax(dim=2), "amax")
+    weight_PRS = (score_PRS - top_NR[owner_P][..., None]).exp()
+    sum_NR = torch.zeros_like(top_NR).index_add_(0, owner_P, weight_PRS.sum(dim=2))
+    part_PRD = torch.bmm(weight_PRS.to(values_PSD.dtype), values_PSD).to(exact)
+    out_NRD = part_PRD.new_zeros(N + 1, R, value_size).index_add_(0, owner_P, part_PRD)
+    # The sum is at least 1 where there is a pair, as the highest score has weight 1.
+    return (out_NRD[:N] / sum_NR[:N, :, None].clamp(min=0.5)).to(q_NRD.dtype)
+
+
+PAGE_ATTENTION: dict[str, PageAttention] = {"torch": attend_pages, "triton": attend_pages_triton}
+
+
+def page_attention(name: str) -> PageAttention:
+    """The implementation of that name.
+
+    Raises:
+        ValueError: there is none; nothing else is taken in its place.
+    """
+    if name not in PAGE_ATTENTION:
+        raise ValueError(f"page attention is {name!r}, expected one of {sorted(PAGE_ATTENTION)}")
+    return PAGE_ATTENTION[name]
