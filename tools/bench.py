@@ -2,6 +2,7 @@
 """Measure, on this machine.
 
     tools/bench.py convert     both conversions against cp: seconds, GB/s, ratio, peak memory
+    tools/bench.py decode      a decode step of an exported model against transformers' dense cache
 
 Progress goes to stderr; stdout gets a table, and JSON on the last line. Bad input: one line `error: ...` on
 stderr, exit status 2; interrupted: 130.
@@ -48,7 +49,53 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="rounds, of which the median counts (default: 3)"
     )
+    text = "decode with the paged DMS cache against DynamicCache: random weights, decisions forced to a ratio"
+    decode = commands.add_parser("decode", help=text, description=text)
+    decode.add_argument(
+        "--shape", default="qwen3-0.6b", help="llama-3.2-1b, qwen3-0.6b or tiny (default: %(default)s)"
+    )
+    decode.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[4096, 32768],
+        metavar="N",
+        help="in tokens (default: 4096 32768)",
+    )
+    decode.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    decode.add_argument("--cr", type=float, default=8.0, metavar="X", help="compression ratio (default: 8)")
+    decode.add_argument(
+        "--steps",
+        type=int,
+        default=9,
+        metavar="N",
+        help="tokens, of whose times the median counts (default: 9)",
+    )
+    decode.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)"
+    )
     return parser
+
+
+def _decode(options: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_dms.hf.decode_benchmark import measure
+
+    dtype = getattr(torch, options.dtype)
+    rows = measure(options.shape, options.contexts, options.batch, options.cr, options.steps, dtype, _say)
+    print(
+        f"{options.shape}, {options.dtype}, batch {options.batch}, CR {options.cr:g}; {options.steps} steps"
+    )
+    print("context  dense ms  DMS ms  times  allowed  of it  attention  live GB  allocated/live  /dense")
+    for row in rows:
+        print(
+            f"{row.context:7}{1e3 * row.dense_step:10.1f}{1e3 * row.dms_step:8.1f}{row.speedup:7.2f}"
+            f"{row.allowed_speedup:9.2f}{row.speedup / row.allowed_speedup:7.2f}{row.attention_speedup:11.2f}"
+            f"{row.live_bytes / 1e9:9.3f}{row.allocated_bytes / row.live_bytes:16.3f}"
+            f"{row.allocated_bytes / row.dense_bytes:8.3f}"
+        )
+    print(json.dumps({"shape": options.shape, "dtype": options.dtype, "rows": [asdict(row) for row in rows]}))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -74,7 +121,7 @@ def main() -> int:
     """Run one command; the return value is the exit status."""
     options = _parser().parse_args()
     try:
-        _convert(options)
+        {"convert": _convert, "decode": _decode}[options.command](options)
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         _say(f"error: {' '.join(str(error).split())}")
         return 2

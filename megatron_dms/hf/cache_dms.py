@@ -59,8 +59,8 @@ class DMSCache(Cache):
         if self.seen_B.shape[0] != B:
             raise ValueError(f"this DMS cache holds {self.seen_B.shape[0]} sequences, the input has {B}")
         new = NewTokens.place(self.seen_B, T, real_BT)
+        self.columns += T  # first: from here on a forward that breaks off leaves the layers behind
         self.seen_B = new.before_B + new.count_B
-        self.columns += T
         return new
 
     def reset(self) -> None:
@@ -86,13 +86,13 @@ class DMSCache(Cache):
         if self.seen_B is None:
             return
         indices = indices.to(self.seen_B.device)
+        self._moving = True  # until layers, counts and meter have all moved
         self.meter.match_rows(len(self.seen_B) * self.copies)
         stored = indices // self.copies
         if not torch.equal(stored, torch.arange(len(self.seen_B), device=stored.device)):
-            self._moving = True
             for layer in self.layers:
                 layer.select_sequences(stored)
             self.seen_B = self.seen_B.index_select(0, stored)
-            self._moving = False
         self.meter.select_sequences(indices)
         self.copies = 1
+        self._moving = False

@@ -77,6 +77,11 @@ class DMSCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(k_BGTD, v_BGTD)
+        if k_BGTD.dtype != self.dtype:
+            raise ValueError(
+                f"this DMS cache holds {self.dtype}, the new keys are {k_BGTD.dtype}: one cache, one type; "
+                "keep autocast as it was, or start a new cache"
+            )
         pairs = None
         if k_BGTD.shape[2] == 1 and new.column_BT is None and by_pages:
             self._step(k_BGTD, v_BGTD, evict_BGT, new)
@@ -137,9 +142,11 @@ class DMSCacheLayer(CacheLayerMixin):
         position_X[ring_slot_X] = position_NW[in_ring_NW]
         marked_X = torch.zeros(slots, dtype=torch.bool, device=self.device)
         marked_X[ring_slot_X] = self.marked_NW[in_ring_NW]
+        # What is missing is read from a page of another head: zeros, or a NaN there would come through masks.
+        absent_NK1 = ~exists_NK[..., None]
         parts_NK = (
-            pool.keys_PSD.flatten(0, 1)[slot_NK],
-            pool.values_PSD.flatten(0, 1)[slot_NK],
+            pool.keys_PSD.flatten(0, 1)[slot_NK].masked_fill_(absent_NK1, 0),
+            pool.values_PSD.flatten(0, 1)[slot_NK].masked_fill_(absent_NK1, 0),
             position_X[slot_NK].masked_fill(~exists_NK, -1),
             marked_X[slot_NK],
         )

@@ -30,7 +30,14 @@ def first_of_equal_rows(inputs: dict[str, Any], cache: DMSCache, B: int, T: int)
         if isinstance(value := inputs.get(name), Tensor) and value.shape[0] == B
     }
     counted_apart = cache.meter.rows is not None and cache.meter.rows != len(cache.seen_B)
-    if T == 1 or counted_apart or B % n or not all(_equal_in_groups(x, n) for x in of_rows.values()):
+    as_tuple = inputs.get("return_dict") is False  # has no names for what would be repeated
+    if (
+        T == 1
+        or counted_apart
+        or as_tuple
+        or B % n
+        or not all(_equal_in_groups(x, n) for x in of_rows.values())
+    ):
         cache.fork()
         return 1
     inputs |= {name: value[::n] for name, value in of_rows.items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_hf_reference import is_gone, one_thread  # noqa: F401
+from test_hf_reference import is_gone, one_thread, random_tokens, tiny_model  # noqa: F401
 
 from megatron_dms.hf import pages_dms
 from megatron_dms.hf.cache_dms import DMSCache
@@ -284,3 +284,41 @@ def test_identity_selection_copies_nothing():
     assert cache.layers[0].pool.keys_PSD is moved
     cache.reorder_cache(torch.tensor([0]))
     assert cache.layers[0].held_BG.shape == (1, GROUPS)
+
+
+@torch.no_grad()
+def test_a_nan_stays_in_its_sequence():
+    """Catches: missing pairs of a short head read from another sequence's page, where 0 * NaN is NaN."""
+    model = tiny_model()
+    cache = model.make_cache()
+    embedded = model.model.embed_tokens(random_tokens(2, 30))
+    embedded[0, -1] = float("nan")
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :25] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    logits = model(random_tokens(2, 3), past_key_values=cache).logits
+    assert logits[0].isnan().any() and not logits[1].isnan().any()
+
+
+@torch.no_grad()
+def test_what_breaks_off_while_sequences_move_is_refused(monkeypatch):
+    """Catches: a reorder declared finished before the meter has moved too, or a type that changes."""
+    model = tiny_model()
+    cache = model.make_cache()
+    model(random_tokens(2, 9), past_key_values=cache)
+    with pytest.raises(ValueError, match="one cache, one type"):
+        tiny_model().double()(random_tokens(2, 1), past_key_values=cache)
+    cache = model.make_cache()
+    model(random_tokens(2, 9), past_key_values=cache)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache.meter, "select_sequences", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with pytest.raises(RuntimeError, match="unusable"):
+        model(random_tokens(2, 1), past_key_values=cache)
+    cache.reset()
+    model(random_tokens(2, 9), past_key_values=cache)
