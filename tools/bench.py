@@ -14,22 +14,15 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        _say(f"error: {message} (see {self.prog} --help)")
-        sys.exit(2)
+from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     text = "a synthetic Llama checkpoint through cp, import and export; needs 3 times its size on the disk"
     convert = commands.add_parser("convert", help=text, description=text)
     convert.add_argument(
@@ -83,7 +76,7 @@ def _decode(options: argparse.Namespace) -> None:
     from megatron_dms.hf.decode_benchmark import measure
 
     dtype = getattr(torch, options.dtype)
-    rows = measure(options.shape, options.contexts, options.batch, options.cr, options.steps, dtype, _say)
+    rows = measure(options.shape, options.contexts, options.batch, options.cr, options.steps, dtype, say)
     print(
         f"{options.shape}, {options.dtype}, batch {options.batch}, CR {options.cr:g}; {options.steps} steps"
     )
@@ -101,7 +94,7 @@ def _decode(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from megatron_dms.checkpoint import benchmark  # late: --help needs no torch
 
-    size, found = benchmark.run(options.folder, options.gigabytes, options.repeats, _say)
+    size, found = benchmark.run(options.folder, options.gigabytes, options.repeats, say)
     print(f"{size / 1e9:.2f} GB, medians of {options.repeats}; start: Python, torch, and its own imports")
     print(f"{'':14}{'seconds':>9}{'GB/s':>7}{'x cp':>7}{'start s':>9}{'peak MB':>9}{'allowed MB':>12}")
     for step, row in found.items():
@@ -113,20 +106,15 @@ def _convert(options: argparse.Namespace) -> None:
     print(json.dumps({"bytes": size, **rows}))
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def main() -> int:
     """Run one command; the return value is the exit status."""
     options = _parser().parse_args()
     try:
         {"convert": _convert, "decode": _decode}[options.command](options)
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        _say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return say_error(error)
     except KeyboardInterrupt:
-        _say("interrupted; nothing was left behind")
+        say("interrupted; nothing was left behind")
         return 130
     return 0
 

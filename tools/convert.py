@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
@@ -22,16 +21,9 @@ from megatron_dms.checkpoint import CheckpointError, Report, export_hf, import_h
 from megatron_dms.checkpoint.dms import FORMATS  # noqa: E402
 from megatron_dms.checkpoint.parity import CARD, LAYOUTS, verify  # noqa: E402
 from megatron_dms.checkpoint.staging import leftovers  # noqa: E402
+from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
 
 _SECONDS_BETWEEN_LINES = 2.0
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 class _Progress:
@@ -45,19 +37,15 @@ class _Progress:
         if now - self.last >= _SECONDS_BETWEEN_LINES:
             self.last = now
             rate = size / (now - self.begin)
-            _say(
+            say(
                 f"{done} of {total} tensors, {size / 1e9:.1f} of {total_size / 1e9:.1f} GB, "
                 f"{rate / 1e9:.2f} GB/s, {(total_size - size) / rate:.0f} s left"
             )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, text in {
         "import": "HF checkpoint -> Megatron checkpoint",
         "export": "Megatron checkpoint -> HF checkpoint",
@@ -126,7 +114,7 @@ def _verify(options: argparse.Namespace) -> int:
         options.prompt_tokens,
         options.layouts,
         path,
-        _say,
+        say,
     )
     print(card.to_markdown())
     print(json.dumps({**card.summary(), "card": str(path)}))
@@ -136,7 +124,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> Report:
     progress = _Progress()
     for folder in leftovers(options.megatron if options.command == "import" else options.hf):
-        _say(
+        say(
             f"note: {folder} was left by a conversion that was killed: unfinished, or the old output that "
             "--force replaced; delete it if it is not wanted"
         )
@@ -161,15 +149,14 @@ def main() -> int:
             return _verify(options)
         report = _convert(options)
     except (CheckpointError, OSError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return say_error(error)
     except KeyboardInterrupt:
-        _say("interrupted; no output was left behind")
+        say("interrupted; no output was left behind")
         return 130
     values = sum(report.non_finite.values())
     if values:
         tensors, first = len(report.non_finite), next(iter(report.non_finite))
-        _say(f"warning: {values} values in {tensors} tensors are NaN or infinite, the first in {first}")
+        say(f"warning: {values} values in {tensors} tensors are NaN or infinite, the first in {first}")
     result = {
         "bytes": report.bytes,
         "tensors": report.tensors,

@@ -1,0 +1,24 @@
+"""What the tools' command lines share: errors of one line, and lines on stderr. Imports nothing heavy."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line `error: ...`; exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"error: {message} (see {self.prog} --help)")
+        sys.exit(2)
+
+
+def say(line: str) -> None:
+    """A line on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_error(error: Exception) -> int:
+    """The one line of an error; returns the exit status that goes with it."""
+    say(f"error: {' '.join(str(error).split())}")
+    return 2
