@@ -29,7 +29,7 @@ def main() -> None:
         from megatron_dms.training.startup import parse_megatron_args
 
         skip_helper_compilation()
-        args, start = parse_megatron_args(dms)
+        args, start, teacher = parse_megatron_args(dms)
     except StartupError as error:
         # One line for each node, as a file may be missing on one of them only. torchrun ends all ranks as
         # soon as one fails, so those that say nothing wait for the one that speaks.
@@ -48,7 +48,7 @@ def main() -> None:
     from megatron_dms.training.step import RetrofitStep
 
     step = RetrofitStep(dms)
-    model = student_config(args, dms, start)
+    model = student_config(args, dms, start, teacher)
     model.pre_wrap_hooks.append(step.attach)
     pretrain(
         pretrain_cfg_container_from_args(args, model),

@@ -16,24 +16,25 @@ from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
 from megatron_dms.training.teacher import distill, share_parameters
 from megatron_dms.training.trainable import freeze_all_but_predictor
-from megatron_dms.training.weights import Weights, open_weights
+from megatron_dms.training.weights import Weights
 
 
-def student_config(args: Namespace, dms: DMSConfig, start: Weights | None) -> Any:
+def student_config(args: Namespace, dms: DMSConfig, start: Weights | None, teacher: Weights | None) -> Any:
     """Megatron's model configuration of the student, with its teacher attached before it is wrapped.
 
-    start: what a new retrofit takes its weights from; None when one is resumed.
+    start: what a new retrofit takes its weights from; None when one is resumed. teacher: its weights; None
+    where it is the student itself.
     """
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = partial(dms_block_spec, dms=dms)
     # Teacher and student travel the pipeline side by side: wider tensors than Megatron expects.
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
-    config.pre_wrap_hooks.append(partial(_prepare, args=args, dms=dms, start=start))
+    config.pre_wrap_hooks.append(partial(_prepare, args=args, dms=dms, start=start, weights=teacher))
     return config
 
 
 def _prepare(
-    models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Weights | None
+    models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Weights | None, weights: Weights | None
 ) -> list[GPTModel]:
     (student,) = models
     set_rope(student, args.rope_parameters)
@@ -41,11 +42,10 @@ def _prepare(
         start.load(student)
     if dms.train == "predictor":
         freeze_all_but_predictor(student, dms)
-    if dms.teacher == "self":
+    if weights is None:
         teacher = _build_dense(args, student)
         share_parameters(teacher, student)
     else:
-        weights = open_weights(dms.teacher)
         teacher = _build_dense(_complete(args, weights.args), student)
         weights.load(teacher)
     return [distill(student, teacher, dms.kl, args.vocab_size)]

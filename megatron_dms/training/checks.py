@@ -5,7 +5,7 @@ Every check raises StartupError with one line that says what was found, what was
 
 import sys
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_dms.config import DMSConfig
 
@@ -168,8 +168,12 @@ def check_training(args: Namespace, dms: DMSConfig) -> None:
         args.gradient_accumulation_fusion = False
 
 
-def check_teacher(args: Namespace, dms: DMSConfig) -> None:
-    """The teacher is there, dense, of the same vocabulary, and fits the layout and the sequence length."""
+def check_teacher(args: Namespace, dms: DMSConfig) -> "Weights | None":
+    """The teacher is there, dense, of the same vocabulary, and fits the layout and the sequence length.
+
+    Returns:
+        Its weights; None where it is the student itself.
+    """
     from megatron_dms.training.weights import open_weights
 
     if dms.teacher is None:
@@ -178,8 +182,9 @@ def check_teacher(args: Namespace, dms: DMSConfig) -> None:
             "start from), or --dms-teacher self with --dms-predictor linear --dms-train predictor"
         )
     if dms.teacher == "self":
-        return
-    teacher: Any = open_weights(dms.teacher).args
+        return None
+    weights = open_weights(dms.teacher)
+    teacher = weights.args
     if teacher.vocab_size != args.vocab_size:
         raise StartupError(
             f"the teacher {dms.teacher} has a vocabulary of {teacher.vocab_size}, the student has "
@@ -195,3 +200,4 @@ def check_teacher(args: Namespace, dms: DMSConfig) -> None:
             f"--seq-length is {args.seq_length}, but the teacher has {teacher.max_position_embeddings} "
             "positions; use a shorter --seq-length"
         )
+    return weights

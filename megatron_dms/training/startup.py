@@ -10,6 +10,7 @@ import difflib
 import traceback
 from argparse import Namespace
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -50,13 +51,13 @@ class _OneLineParser(argparse.ArgumentParser):
         raise StartupError(message)
 
 
-def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
+def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "Weights | None"]:
     """All flags, completed by the architecture of the checkpoint to start from, checked and made global.
 
     Returns:
-        The arguments, and the weights that a new retrofit starts from. Those are ours to load:
-        Megatron's loading insists on every tensor of the model, and a base model has no linear predictor.
-        None if Megatron resumes a retrofit from --load.
+        The arguments, the weights that a new retrofit starts from, and the teacher's. Those to start from are
+        ours to load: Megatron's loading insists on every tensor of the model, and a base model has no linear
+        predictor; None if Megatron resumes a retrofit from --load. No teacher: it is the student itself.
 
     Raises:
         StartupError: see the module's docstring.
@@ -69,8 +70,9 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
     from megatron_dms.training.token_files import DataError
 
     try:
-        args = parse_args(_prepare_parser)
-        start, continues = starting_point(args)
+        begin: list[tuple[Weights, bool]] = []
+        args = parse_args(partial(_prepare_parser, begin=begin))
+        ((start, continues),) = begin
         checks.check_supported(args)
         checks.check_positive(args)
         checks.check_checkpoint(args, dms, start, continues)
@@ -79,7 +81,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
         validate_data_args(args)
         checks.check_layout(args, args)
         checks.check_training(args, dms)
-        checks.check_teacher(args, dms)
+        teacher = checks.check_teacher(args, dms)
     except (CheckpointError, DataError) as error:
         raise StartupError(str(error)) from error
     args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
@@ -96,11 +98,16 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None"]:
         checks.warn_if_not_zeroed(dms, start)
         if args.save:
             _carry_hf_files(start, Path(args.save), continues)
-    return args, None if continues else start
+    return args, None if continues else start, teacher
 
 
-def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the DMS flags; take defaults from the checkpoint's model, this project and the CPU platform."""
+def _prepare_parser(
+    parser: argparse.ArgumentParser, begin: list[tuple["Weights", bool]]
+) -> argparse.ArgumentParser:
+    """Add the DMS flags; take defaults from the checkpoint's model, this project and the CPU platform.
+
+    begin: gets the starting point, which these defaults need, so that it is opened once.
+    """
     from megatron_dms.checkpoint import set_parser_defaults
     from megatron_dms.platform import cpu
     from megatron_dms.platform.wheel import LOCAL_DEFAULTS
@@ -120,7 +127,8 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if cpu.installed():
         parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
     early, _ = parser.parse_known_args()
-    start, _ = starting_point(early)
+    start, continues = starting_point(early)
+    begin.append((start, continues))
     set_parser_defaults(parser, start.args, start.tokenizer_folder)
     return parser
 
