@@ -87,7 +87,7 @@ def synthetic(folder: Path, gigabytes: float) -> dict[str, TensorInfo]:
     shapes = {
         name: shape
         for row in rows
-        for number in range(layers if row.per_layer else 1)
+        for number in row.layers(layers)
         for name, shape in zip(row.hf_names(number), row.shapes, strict=True)
     }
     infos, number, filled = {}, 1, 0

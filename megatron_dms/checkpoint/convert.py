@@ -82,7 +82,7 @@ def import_hf(
     model = read_model(source.config, source.dms_metadata)
     rows = model.family.rows(model, model.dms)
     layout = export_layout.of_source(source, model, rows)
-    taken = [name for row in rows for layer in _layers(row, model) for name in row.hf_names(layer)]
+    taken = [name for row in rows for layer in row.layers(model.layers) for name in row.hf_names(layer)]
     tally = _Tally([source.infos[name] for name in taken], progress)
     chunks = [chunk for row in rows for chunk in _chunks(source, row, model, tally)]
     with staged_folder(Path(megatron_dir), force, tally.total_bytes) as out:
@@ -161,13 +161,9 @@ class _Tally:
         return Report(self.total, self.total_bytes, seconds, self.non_finite)
 
 
-def _layers(row: Row, model: Model) -> range:
-    return range(model.layers if row.per_layer else 1)
-
-
 def _chunks(source: HFFolder, row: Row, model: Model, tally: _Tally) -> Iterator[Chunk]:
     """The tensors of one row, one per layer, to be read when the writer asks for them."""
-    layers = _layers(row, model)
+    layers = row.layers(model.layers)
     dtypes = {name: source.infos[name].dtype for layer in layers for name in row.hf_names(layer)}
     if len(set(dtypes.values())) > 1:  # the stored tensor has one type for all layers
         first, other = next((a, b) for a in dtypes for b in dtypes if dtypes[a] != dtypes[b])

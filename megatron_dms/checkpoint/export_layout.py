@@ -23,7 +23,7 @@ from megatron_dms.checkpoint.hf_folder import (
 from megatron_dms.checkpoint.megatron_folder import BUFFERS, SOURCE
 from megatron_dms.checkpoint.model_card import model_name
 from megatron_dms.checkpoint.rope import inverse_frequencies
-from megatron_dms.checkpoint.rows import Span
+from megatron_dms.checkpoint.rows import Span, same_bits
 from megatron_dms.checkpoint.safetensors_file import TensorInfo, write_file
 from megatron_dms.checkpoint.source import MegatronTensors
 from megatron_dms.checkpoint.transforms import Row
@@ -86,7 +86,7 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        for layer in range(model.layers if row.per_layer else 1):
+        for layer in row.layers(model.layers):
             shapes.update(zip(row.hf_names(layer), row.shapes, strict=True))
     missing, extra = sorted(set(shapes) - set(source.infos)), sorted(set(source.infos) - set(shapes))
     if missing == [_OUTPUT]:
@@ -96,7 +96,7 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
         )
     copies: dict[str, str] = {}
     if model.tied and _OUTPUT in extra and _EMBEDDING not in missing:
-        if not _same_bits(source, _OUTPUT, _EMBEDDING):
+        if not _same_tensor(source, _OUTPUT, _EMBEDDING):
             raise CheckpointError(
                 f"{source.path}: {_OUTPUT} differs from {_EMBEDDING}, but tie_word_embeddings is true; "
                 "set it to false in config.json if the output layer is its own"
@@ -123,13 +123,13 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
     return Layout(dict(source.infos), copies, buffers)
 
 
-def _same_bits(source: HFFolder, name: str, other: str) -> bool:
-    """Compared in pieces, as bits: NaN equals itself, and -0 is not 0."""
+def _same_tensor(source: HFFolder, name: str, other: str) -> bool:
+    """Compared in pieces, as bits."""
     a, b = source.rows(name), source.rows(other)
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     pieces = zip(*(Span(name, rows, 0, rows.shape[0]).pieces() for rows in (a, b)), strict=True)
-    return all(torch.equal(one.view(torch.uint8), two.view(torch.uint8)) for one, two in pieces)
+    return all(same_bits(one, two) for one, two in pieces)
 
 
 def _check_frequencies(source: HFFolder, name: str, model: Model) -> None:

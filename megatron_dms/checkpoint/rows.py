@@ -61,6 +61,13 @@ class FileRows:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compared as bits: NaN equals itself, and -0 is not 0."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
 def read_all(source: RowSource) -> Tensor:
     """The whole tensor."""
     out = torch.empty(source.shape, dtype=source.dtype)

@@ -132,7 +132,7 @@ class MegatronTensors:
                 raise CheckpointError(
                     f"{self.reader.folder}: {key} has shape {stored[key]}, expected {wanted}"
                 )
-            for layer in range(self.model.layers if row.per_layer else 1):
+            for layer in row.layers(self.model.layers):
                 for part, name in enumerate(row.hf_names(layer)):
                     self.places[name] = (row, layer, part)
 

@@ -46,6 +46,10 @@ class Row(ABC):
         """True if the row stands for one tensor in every layer."""
         return self.megatron.startswith(MEGATRON_LAYERS)
 
+    def layers(self, count: int) -> range:
+        """The layers that have it, of `count`; a row outside the layers stands once, in "layer" 0."""
+        return range(count if self.per_layer else 1)
+
     def hf_names(self, layer: int) -> tuple[str, ...]:
         """Names of the parts in one layer (`layer` is not used by rows outside the layers)."""
         return tuple(name.format(layer=layer) for name in self.hf)

@@ -14,7 +14,7 @@ from megatron_dms.checkpoint.export_layout import of_source, write_side_files
 from megatron_dms.checkpoint.families import read_model
 from megatron_dms.checkpoint.hf_folder import HFFolder
 from megatron_dms.checkpoint.hf_weights import load_hf_weights
-from megatron_dms.checkpoint.megatron_folder import HF, iteration_folder, open_checkpoint
+from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
 from megatron_dms.checkpoint.staging import staged_folder
 
 
@@ -60,8 +60,8 @@ class MegatronWeights(Weights):
 
     def __init__(self, folder: Path, iteration: int | None = None) -> None:
         self.folder = folder
-        self.iteration_folder = iteration_folder(folder, iteration)
         reader, self.args = open_checkpoint(folder, iteration)
+        self.iteration_folder = reader.folder
         self.iteration = int(reader.common().get("iteration", 0))
         self.tokenizer_folder = folder / HF
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
-from megatron_dms.checkpoint.megatron_folder import iteration_folder, open_checkpoint
+from megatron_dms.checkpoint.megatron_folder import open_checkpoint
 from megatron_dms.checkpoint.parity.outputs import Outputs
 from megatron_dms.checkpoint.parity.prompts import Prompts
 
@@ -130,9 +130,9 @@ def _run_tasks(rank: int, folder: Path, layout: Layout, tasks: tuple[Task, ...],
     parallel_state.initialize_model_parallel(layout.tp, layout.pp)
     model_parallel_cuda_manual_seed(_SEED)
     for i, task in enumerate(tasks):
-        _, args = open_checkpoint(task.megatron_dir, task.iteration)
+        reader, args = open_checkpoint(task.megatron_dir, task.iteration)
         network = build_model(args).eval()
-        load_weights(network, iteration_folder(task.megatron_dir, task.iteration))
+        load_weights(network, reader.folder)
         round_weights(network, task.rounded)
         for j, prompts in enumerate(task.sets):
             with torch.no_grad():

@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.families import Model
 from megatron_dms.checkpoint.hf_folder import HFFolder
-from megatron_dms.checkpoint.megatron_folder import RELEASE, iteration_folder
+from megatron_dms.checkpoint.megatron_folder import RELEASE
 from megatron_dms.checkpoint.parity.card import LogitParity, ParityCard, TensorParity, check_writable
 from megatron_dms.checkpoint.parity.outputs import Outputs, agreement
 from megatron_dms.checkpoint.parity.prompts import NotCompared, Prompts, choose_prompts, original_context
 from megatron_dms.checkpoint.parity.ranks import Layout, Task, megatron_outputs
 from megatron_dms.checkpoint.parity.reference_model import reference_outputs
+from megatron_dms.checkpoint.rows import same_bits
 from megatron_dms.checkpoint.source import MegatronTensors
 
 LAYOUTS = {"tp1": Layout(tp=1, pp=1), "tp2": Layout(tp=2, pp=1), "pp2": Layout(tp=1, pp=2)}
@@ -54,14 +54,10 @@ def verify(
     check_writable(path)
 
     say(f"comparing {len(stored.places)} tensors")
-    imported = iteration_folder(megatron, iteration).name == RELEASE
-    tensors = compare_tensors(hf, stored, imported)
+    tensors = compare_tensors(hf, stored, imported=stored.reader.folder.name == RELEASE)
     # An export rounds what training kept in a wider type: the model compared is the exported one.
-    rounded = {
-        row.megatron: hf.infos[row.hf_names(0)[0]].dtype
-        for row in stored.rows
-        if row.hf_names(0)[0] in hf.infos
-    }
+    firsts = {row.megatron: row.hf_names(0)[0] for row in stored.rows}
+    rounded = {key: hf.infos[name].dtype for key, name in firsts.items() if name in hf.infos}
     say("running transformers' model")
     reference = reference_outputs(hf, model, sets)
     logits: list[LogitParity] = []
@@ -95,7 +91,7 @@ def compare_tensors(hf: HFFolder, stored: MegatronTensors, imported: bool) -> li
         if not stored.holds(name):
             return TensorParity(name, False, dtype, shape, only_in="HF")
         tensor = stored.read(name)
-        equal = _same_bytes(hf.read(name), tensor if imported else tensor.to(info.dtype))
+        equal = same_bits(hf.read(name), tensor if imported else tensor.to(info.dtype))
         return TensorParity(name, equal, dtype, shape)
 
     return [compare(name) for name in dict.fromkeys([*hf.infos, *stored.places])]
@@ -139,14 +135,6 @@ def _check_same_dms(hf: Mapping[str, object] | None, megatron: Mapping[str, obje
                 f"DMS setting {name} is {value!r} in the HF checkpoint and {megatron.get(name)!r} in the "
                 "Megatron checkpoint, expected the same"
             )
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )  # NaN equals itself
 
 
 def _name(dtype: torch.dtype) -> str:
