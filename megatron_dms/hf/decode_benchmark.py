@@ -8,48 +8,48 @@ times and bytes do. (This file is not copied into exports.)
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.cache_utils import DynamicCache
 
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
 
+
+class Shape(NamedTuple):
+    """Sizes of a model, in config.json's terms."""
+
+    config_class: type[PretrainedConfig]
+    vocab: int
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    groups: int
+    head_size: int
+
+    def config(self) -> PretrainedConfig:
+        return self.config_class(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.groups,
+            head_dim=self.head_size,
+            tie_word_embeddings=True,
+            max_position_embeddings=131072,
+        )
+
+
 SHAPES = {
-    "llama-3.2-1b": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-    ),
-    "qwen3-0.6b": Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=131,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=131072,
-    ),
+    "llama-3.2-1b": Shape(LlamaConfig, 128256, 2048, 8192, 16, 32, 8, 64),
+    "qwen3-0.6b": Shape(Qwen3Config, 151936, 1024, 3072, 28, 16, 8, 128),
+    "tiny": Shape(LlamaConfig, 131, 64, 96, 2, 4, 2, 16),
 }
 WINDOW, LAG = 256, 1
 _NEVER = 1e6
@@ -101,14 +101,13 @@ def measure(
         raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")
     if batch < 1 or steps < 1 or cr < 1 or min(contexts) <= WINDOW:
         raise ValueError(f"expected batch and steps >= 1, CR >= 1 and contexts > {WINDOW} tokens")
-    config = SHAPES[shape]
+    config = SHAPES[shape].config()
     say(f"making {shape} with random weights, {dtype} ...")
     dense = _random(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa"))
     entries = config_entries(config.model_type, "query_channel", "head", WINDOW, LAG, 1.0, _NEVER, 0.1, cr)
     dms_config = type(config).from_dict({**config.to_dict(), **entries})
     dms = getattr(modeling_dms, MODEL_CLASSES[config.model_type])._from_config(dms_config, dtype=dtype).eval()
-    for name, parameter in dict(dense.named_parameters()).items():  # one copy of the weights for both
-        _assign(dms, name, parameter)
+    dms.load_state_dict(dense.state_dict(), assign=True)  # one copy of the weights for both
     found = []
     for context in contexts:
         say(f"context {context}, batch {batch}, CR {cr:g} ...")
@@ -120,11 +119,6 @@ def _random(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.uniform_(-0.02, 0.02)
     return model
-
-
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, parameter)
 
 
 def _measure_context(
@@ -158,23 +152,21 @@ def _measure_context(
         return nn.functional.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
 
     attention = [
-        (_seconds(dense_attention), _seconds(lambda: first.attend(q, scale))) for _ in range(steps + 2)
-    ][2:]
-    step_times = []
-    for t in range(steps + 2):
-        token = tokens[:, t : t + 1]
-        step_times.append(
-            (
-                _seconds(lambda token=token: dense(token, past_key_values=dense_cache)),
-                _seconds(lambda token=token: dms(token, past_key_values=dms_cache)),
-            )
+        (_seconds(dense_attention), _seconds(partial(first.attend, q, scale))) for _ in range(steps + 2)
+    ]
+    step_times = [
+        (
+            _seconds(partial(dense, token, past_key_values=dense_cache)),
+            _seconds(partial(dms, token, past_key_values=dms_cache)),
         )
+        for token in tokens.split(1, dim=1)
+    ]
     return Decoded(
         context,
         batch,
         cr,
         *(median(column) for column in zip(*step_times[2:], strict=True)),
-        *(median(column) for column in zip(*attention, strict=True)),
+        *(median(column) for column in zip(*attention[2:], strict=True)),
         sum(parameter.nbytes for parameter in dense.parameters()),
         dense_bytes,
         live,
