@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint_models import edit_config, make_llama, make_qwen3
-from test_checkpoint_roundtrip import files_of, rewrite, tensors_of
+from test_checkpoint_roundtrip import DMS, files_of, rewrite, tensors_of
 
 from megatron_dms import hf
 from megatron_dms.checkpoint import CheckpointError, checkpoint_args, export_hf, import_hf
@@ -166,15 +166,7 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
         assert not list(tmp_path.glob("out*"))
 
 
-NVIDIA_FIELDS = {
-    "predictor": "query_channel",
-    "granularity": "head",
-    "alpha_scale": 100.0,
-    "alpha_offset": 5.0,
-    "window": 16,
-    "lag": 1,
-    "temperature": 0.1,
-}
+NVIDIA_FIELDS = {**DMS, "predictor": "query_channel"}
 
 
 def drop_metadata_key(folder: Path, key: str) -> None:
