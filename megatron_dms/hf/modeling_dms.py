@@ -26,6 +26,17 @@ from .attention_dms import DMSStep, install_attention
 from .cache_dms import DMSCache
 from .configuration_dms import DMSSettings
 from .fork_dms import first_of_equal_rows, repeat_rows
+from .refusals_dms import (
+    max_positions,
+    refuse_foreign_cache,
+    refuse_generation_modes,
+    refuse_hidden_past,
+    refuse_length,
+    refuse_outputs,
+    refuse_packed,
+    refuse_positions,
+    refuse_sliding_layers,
+)
 from .sparse_attention_dms import NewTokens
 from .stats_dms import KVMeter, KVStats
 
@@ -46,7 +57,8 @@ class DMSForCausalLM:
     def __init__(self, config) -> None:
         super().__init__(config)
         self.dms_settings = DMSSettings.from_entries(vars(config))
-        _refuse_sliding_layers(config)
+        refuse_sliding_layers(config)
+        self.max_positions = max_positions(config)
         self.page_attention = "torch"
         """Which of PAGE_ATTENTION (see page_attention_dms.py) the caches of this model are made with."""
         self._dms_meter: KVMeter | None = None
@@ -54,7 +66,7 @@ class DMSForCausalLM:
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
         self.model.register_forward_hook(repeat_rows, with_kwargs=True)
         if self.dms_settings.disable_eviction:
-            logger.warning_once("dms_disable_eviction is set: the model keeps every pair and its CR is 1")
+            logger.warning("dms_disable_eviction is set: the model keeps every pair and its CR is 1")
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -97,7 +109,7 @@ class DMSForCausalLM:
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if tokens is None or len(args) > len(MODEL_INPUTS):
             raise ValueError(f"expected input_ids or inputs_embeds, and only {MODEL_INPUTS} by position")
-        self._refuse_unsupported(inputs)
+        refuse_outputs(self.config, inputs)
         B, T = tokens.shape[:2]
         cache = self._settle_cache(inputs)
         copies = 1 if cache is None else cache.copies
@@ -106,14 +118,16 @@ class DMSForCausalLM:
             B //= copies
         past = 0 if cache is None else cache.get_seq_length()
         real_BT = _real_tokens(inputs.get("attention_mask"), B, T, past, tokens.device)
-        _refuse_packed(inputs.get("position_ids"), real_BT, T)
+        refuse_packed(inputs.get("position_ids"), real_BT, T)
+        if past + T > self.max_positions:  # columns: only now does it matter how many of them are padding
+            refuse_positions(self.max_positions, cache, T, real_BT)
         if cache is None:
             meter = KVMeter(len(model.layers))
             new = NewTokens.place(torch.zeros(B, dtype=torch.int64, device=tokens.device), T, real_BT)
         else:
             meter = cache.meter
             if past and T > 1:  # once a turn, so that single steps never wait for the device
-                _refuse_hidden_past(inputs.get("attention_mask"), past, cache.seen_B)
+                refuse_hidden_past(inputs.get("attention_mask"), past, cache.seen_B)
             new = cache.place(B, T, real_BT, tokens.device)
         meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
         self._dms_meter = meter
@@ -128,13 +142,8 @@ class DMSForCausalLM:
         """The DMS cache of this forward: the caller's, a new one, or None where no cache is wanted."""
         cache = inputs.get("past_key_values")
         if isinstance(cache, DMSCache):
-            found = (len(cache.layers), cache.window, cache.lag)
-            expected = (len(self.model.layers), self.dms_settings.window, self.dms_settings.lag)
-            if found != expected:
-                raise ValueError(
-                    f"this DMS cache has (layers, window, lag) = {found}, the model needs {expected}"
-                )
             cache.refuse_if_broken()
+            refuse_foreign_cache(self, cache)
             return cache
         if cache is None:
             use_cache = inputs.get("use_cache")
@@ -148,23 +157,14 @@ class DMSForCausalLM:
             "DynamicCache: a DMS model stores eviction decisions beside keys and values"
         )
 
-    def _refuse_unsupported(self, inputs: dict[str, Any]) -> None:
-        attentions = inputs.get("output_attentions")
-        if self.config.output_attentions if attentions is None else attentions:
-            raise ValueError("output_attentions is not supported by DMS models: the weights are never formed")
-        if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation is {self.config._attn_implementation!r}, expected 'sdpa': DMS models "
-                "bring their own attention"
-            )
-
     # ---- generate ----
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> None:
         """Called once by `generate`, where transformers would make a DynamicCache."""
-        _refuse_generation_modes(generation_config, args[0] if args else kwargs.get("generation_mode"))
+        refuse_generation_modes(generation_config, args[0] if args else kwargs.get("generation_mode"))
+        refuse_length(self.max_positions, generation_config.max_length)
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = self.make_cache()
@@ -234,49 +234,3 @@ def _real_tokens(mask: Tensor | None, B: int, T: int, past: int, device: torch.d
         )
     real_BT = mask[:, past:].to(device=device, dtype=torch.bool)
     return None if bool(real_BT.all()) else real_BT
-
-
-def _refuse_hidden_past(mask: Tensor | None, past: int, seen_B: Tensor) -> None:
-    """What the cache has taken in as real tokens can no longer be declared padding."""
-    if mask is not None and not torch.equal(mask[:, :past].sum(dim=1).to(seen_B), seen_B):
-        raise ValueError(
-            "attention_mask hides tokens that the cache has taken in, such as those fed to a sequence that "
-            "had ended before the others of its batch; they may have evicted pairs already. Continue such a "
-            "batch with a new cache and the whole text"
-        )
-
-
-def _refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -> None:
-    """Texts packed in one row would need masks between them, which transformers infers from position ids."""
-    if position_ids is None or T == 1:
-        return
-    jumps_BT = position_ids.diff(dim=-1) != 1
-    if real_BT is not None:
-        jumps_BT = jumps_BT & real_BT[:, 1:] & real_BT[:, :-1]
-    if bool(jumps_BT.any()):
-        raise ValueError(
-            "position_ids do not count up by 1: DMS models do not support several packed texts in one row; "
-            "give each its own row, with padding"
-        )
-
-
-def _refuse_sliding_layers(config) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(
-            f"layer_types of the config contains {sorted(kinds - {'full_attention'})}, expected only "
-            "full_attention: DMS models have no sliding-window layers (set use_sliding_window to false)"
-        )
-
-
-def _refuse_generation_modes(generation_config, mode: str | None) -> None:
-    if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-        raise ValueError(
-            f"cache_implementation {generation_config.cache_implementation!r} is not supported: DMS models "
-            "bring their own cache; leave it unset"
-        )
-    if mode == "assisted_generation" or getattr(generation_config, "is_assistant", False):
-        raise ValueError(
-            "assisted generation and prompt lookup are not supported by DMS models: a rejected token may "
-            "already have evicted pairs; generate with the model alone"
-        )

@@ -1,0 +1,122 @@
+"""What a DMS model does not do is refused by name, before any cache has taken anything in.
+
+Shapes: B sequences, T new tokens.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache_dms import DMSCache
+
+
+def refuse_sliding_layers(config) -> None:
+    """Of a model's config."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"layer_types of the config contains {sorted(kinds - {'full_attention'})}, expected only "
+            "full_attention: DMS models have no sliding-window layers (set use_sliding_window to false)"
+        )
+
+
+def max_positions(config) -> int:
+    """Tokens in a sequence for which the model's RoPE is defined.
+
+    By transformers' conventions linear scaling leaves max_position_embeddings at what it extends, and YaRN
+    may. Dynamic scaling would go on, but rotates each key by the length at its time: chunks and steps would
+    then differ from the whole forward.
+    """
+    # rope_parameters in transformers 5, rope_scaling in 4.57
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limit = config.max_position_embeddings
+    if rope.get("rope_type", rope.get("type")) in ("linear", "yarn"):
+        original = rope.get("original_max_position_embeddings") or limit
+        limit = max(limit, int(original * rope["factor"]))
+    return limit
+
+
+def refuse_positions(limit: int, cache: DMSCache | None, T: int, real_BT: Tensor | None) -> None:
+    """Of an input that ends beyond `limit` tokens, padding not counted."""
+    new_B = torch.tensor([T]) if real_BT is None else real_BT.sum(dim=1).cpu()
+    before_B = 0 if cache is None or cache.seen_B is None else cache.seen_B.cpu()
+    longest = int((before_B + new_B).max())
+    if longest > limit:
+        raise ValueError(
+            f"the input ends at token {longest}, the model has {limit} positions (max_position_embeddings "
+            "and the RoPE scaling in its config.json); use a shorter one"
+        )
+
+
+def refuse_length(limit: int, max_length: int) -> None:
+    """Of a `generate` that would run into `limit`: at its start, not after hours."""
+    if max_length - 1 > limit:  # the last token is never fed
+        raise ValueError(
+            f"prompt and new tokens may come to {max_length} tokens (max_length, or max_new_tokens beyond "
+            f"the prompt), the model has {limit} positions; ask for fewer new tokens"
+        )
+
+
+def refuse_outputs(config, inputs: dict[str, Any]) -> None:
+    """Of what no attention here computes."""
+    attentions = inputs.get("output_attentions")
+    if config.output_attentions if attentions is None else attentions:
+        raise ValueError("output_attentions is not supported by DMS models: the weights are never formed")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation is {config._attn_implementation!r}, expected 'sdpa': DMS models bring "
+            "their own attention"
+        )
+
+
+def refuse_foreign_cache(model, cache: DMSCache) -> None:
+    """Of a cache made for a model of other sizes (a DMSForCausalLM)."""
+    settings, layers = model.dms_settings, model.model.layers
+    names = "layers, window, lag"
+    found = (len(cache.layers), cache.window, cache.lag)
+    expected = (len(layers), settings.window, settings.lag)
+    if cache.seen_B is not None:
+        names += ", KV heads, head size"
+        found += (cache.layers[0].groups, cache.layers[0].pool.keys_PSD.shape[-1])
+        expected += (model.config.num_key_value_heads, layers[0].self_attn.head_dim)
+    if found != expected:
+        raise ValueError(f"this DMS cache has ({names}) = {found}, the model needs {expected}")
+
+
+def refuse_hidden_past(mask: Tensor | None, past: int, seen_B: Tensor) -> None:
+    """What the cache has taken in as real tokens can no longer be declared padding."""
+    if mask is not None and not torch.equal(mask[:, :past].sum(dim=1).to(seen_B), seen_B):
+        raise ValueError(
+            "attention_mask hides tokens that the cache has taken in, such as those fed to a sequence that "
+            "had ended before the others of its batch; they may have evicted pairs already. Continue such a "
+            "batch with a new cache and the whole text"
+        )
+
+
+def refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -> None:
+    """Texts packed in one row would need masks between them, which transformers infers from position ids."""
+    if position_ids is None or T == 1:
+        return
+    jumps_BT = position_ids.diff(dim=-1) != 1
+    if real_BT is not None:
+        jumps_BT = jumps_BT & real_BT[:, 1:] & real_BT[:, :-1]
+    if bool(jumps_BT.any()):
+        raise ValueError(
+            "position_ids do not count up by 1: DMS models do not support several packed texts in one row; "
+            "give each its own row, with padding"
+        )
+
+
+def refuse_generation_modes(generation_config, mode: str | None) -> None:
+    """Of modes that bypass the cache, or roll it back."""
+    if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+        raise ValueError(
+            f"cache_implementation {generation_config.cache_implementation!r} is not supported: DMS models "
+            "bring their own cache; leave it unset"
+        )
+    if mode == "assisted_generation" or getattr(generation_config, "is_assistant", False):
+        raise ValueError(
+            "assisted generation and prompt lookup are not supported by DMS models: a rejected token may "
+            "already have evicted pairs; generate with the model alone"
+        )
