@@ -61,9 +61,7 @@ class DMSAttention(nn.Module):
         # The last channel of the first query head of each group (or of each key) is lent to decisions and
         # takes no part in attention. That holds for one decision per layer too, where only the first one is
         # read: so does NVIDIA's released code.
-        self.borrowed_query_heads = list(
-            range(0, config.num_attention_heads, config.num_attention_heads // groups)
-        )
+        self.borrowed_query_heads = slice(None, None, config.num_attention_heads // groups)
 
     def forward(
         self,
@@ -150,10 +148,10 @@ class DMSAttention(nn.Module):
         """Copies with the borrowed channels at 0; the other tensor is returned as it came."""
         if self.settings.predictor == "query_channel":
             q_BHTD = q_BHTD.clone()
-            q_BHTD[:, self.borrowed_query_heads, :, -1] = 0
+            q_BHTD[:, self.borrowed_query_heads, :, -1].zero_()
         elif self.settings.predictor == "key_channel":
             k_BGTD = k_BGTD.clone()
-            k_BGTD[..., -1] = 0
+            k_BGTD[..., -1].zero_()
         return q_BHTD, k_BGTD
 
 

@@ -34,11 +34,50 @@ class DMSCache(Cache):
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self.seen_B: Tensor | None = None
+        self._seen_B: Tensor | None = None  # changes in place
         self.copies = 1
         self.columns = 0
         self._moving = False
         self.meter = KVMeter(len(self.layers))
+
+    @property
+    def seen_B(self) -> Tensor | None:
+        """[B] int64: real tokens each sequence has had, the position of its next one; None before the first.
+
+        A copy, so that it may be passed as position_ids to the forward that counts on.
+        """
+        return None if self._seen_B is None else self._seen_B.clone()
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """Every tensor that lives from step to step (of a cache that is not empty). A forward with one token
+        each, without a mask, changes them in place, unless `make_room` is due."""
+        return (self._seen_B, *self.meter.state, *(part for layer in self.layers for part in layer.state))
+
+    def make_room(self, steps: int) -> bool:
+        """See to pages for whatever the next step with one token each appends; a forward does so by itself.
+
+        Where one layer has to grow, all are given room for `steps` more, so that this does not happen again
+        soon in another one. Asks the device only where the known free pages may run out.
+
+        Returns:
+            Whether pages have moved.
+        """
+        self.refuse_if_broken()
+        pools = [layer.pool for layer in self.layers if layer.is_initialized]
+        self._moving = True  # a growth that breaks off leaves keys and values of different sizes
+        moved = any([pool.make_room() for pool in pools if pool.sure_steps == 0])
+        if moved:
+            for pool in pools:
+                pool.make_room(steps)
+        self._moving = False
+        return moved
+
+    def count_step(self) -> None:
+        """What a step with one token each changes on the host, for one that a CUDA graph replays."""
+        self.columns += 1
+        for layer in self.layers:
+            layer.count_step()
 
     def refuse_if_broken(self) -> None:
         """
@@ -54,13 +93,14 @@ class DMSCache(Cache):
 
     def place(self, B: int, T: int, real_BT: Tensor | None, device: torch.device) -> NewTokens:
         """Give the T new columns their positions, and count them; once per forward, before any layer."""
-        if self.seen_B is None:
-            self.seen_B = torch.zeros(B, dtype=torch.int64, device=device)
-        if self.seen_B.shape[0] != B:
-            raise ValueError(f"this DMS cache holds {self.seen_B.shape[0]} sequences, the input has {B}")
+        if self._seen_B is None:
+            with torch.inference_mode(False):  # see pages_dms.py
+                self._seen_B = torch.zeros(B, dtype=torch.int64, device=device)
+        if len(self._seen_B) != B:
+            raise ValueError(f"this DMS cache holds {len(self._seen_B)} sequences, the input has {B}")
         new = NewTokens.place(self.seen_B, T, real_BT)
         self.columns += T  # first: from here on a forward that breaks off leaves the layers behind
-        self.seen_B = new.before_B + new.count_B
+        self._seen_B += new.count_B
         return new
 
     def reset(self) -> None:
@@ -71,8 +111,8 @@ class DMSCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.seen_B is not None:
-            index = torch.arange(self.seen_B.shape[0] * self.copies, device=self.seen_B.device)
+        if self._seen_B is not None:
+            index = torch.arange(len(self._seen_B) * self.copies, device=self._seen_B.device)
             self.batch_select_indices(index.repeat_interleave(repeats))
 
     def fork(self) -> None:
@@ -81,18 +121,19 @@ class DMSCache(Cache):
             self.batch_repeat_interleave(1)
         self.copies = 1
 
+    @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         self.refuse_if_broken()
-        if self.seen_B is None:
+        if self._seen_B is None:
             return
-        indices = indices.to(self.seen_B.device)
+        indices = indices.to(self._seen_B.device)
         self._moving = True  # until layers, counts and meter have all moved
-        self.meter.match_rows(len(self.seen_B) * self.copies)
+        self.meter.match_rows(len(self._seen_B) * self.copies)
         stored = indices // self.copies
-        if not torch.equal(stored, torch.arange(len(self.seen_B), device=stored.device)):
+        if not torch.equal(stored, torch.arange(len(self._seen_B), device=stored.device)):
             for layer in self.layers:
                 layer.select_sequences(stored)
-            self.seen_B = self.seen_B.index_select(0, stored)
+            self._seen_B = self._seen_B.index_select(0, stored)
         self.meter.select_sequences(indices)
         self.copies = 1
         self._moving = False

@@ -43,6 +43,7 @@ class DMSCacheLayer(CacheLayerMixin):
         self.is_initialized = False
         self.columns = 0  # token columns seen, padding included: what transformers calls the sequence length
 
+    @torch.inference_mode(False)  # see pages_dms.py
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Start with no pairs, in the shape, type and device of [B, G, T, D] states."""
         B, self.groups = key_states.shape[:2]
@@ -83,12 +84,21 @@ class DMSCacheLayer(CacheLayerMixin):
                 "keep autocast as it was, or start a new cache"
             )
         pairs = None
+        # The columns last: a layer whose forward failed half-way lags behind the cache.
         if k_BGTD.shape[2] == 1 and new.column_BT is None and by_pages:
+            if self.pool.sure_steps == 0:
+                self.pool.make_room()
             self._step(k_BGTD, v_BGTD, evict_BGT, new)
+            self.count_step()
         else:
             pairs = self._chunk(k_BGTD, v_BGTD, evict_BGT, new)
-        self.columns += k_BGTD.shape[2]  # last: a layer whose forward failed half-way lags behind the cache
+            self.columns += k_BGTD.shape[2]
         return pairs
+
+    def count_step(self) -> None:
+        """What a step with one token changes on the host; a CUDA graph replays the rest."""
+        self.pool.sure_steps -= 1
+        self.columns += 1
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
         """[B, H, 1, D]: attention of one query per head over all pairs held."""
@@ -99,7 +109,10 @@ class DMSCacheLayer(CacheLayerMixin):
         return out_NRD.reshape(B, H, 1, -1)
 
     def _step(self, k_BG1D: Tensor, v_BG1D: Tensor, evict_BG1: Tensor, new: NewTokens) -> None:
-        """One token each: mark, evict, put the new pair into the slot of the evicted one or at the end."""
+        """One token each: mark, evict, put the new pair into the slot of the evicted one or at the end.
+
+        Everything in place, and nothing asked of the device: a CUDA graph can replay it.
+        """
         W = self.window + 1
         evict_N1 = evict_BG1.reshape(-1, 1)
         position_N1 = new.position_BT.repeat_interleave(self.groups, dim=0)
@@ -181,8 +194,13 @@ class DMSCacheLayer(CacheLayerMixin):
         position_NT = fresh.position_BGK.flatten(0, 1)
         recent_NT = (position_NT >= 0) & (position_NT > last_B.repeat_interleave(self.groups)[:, None] - W)
         entry_NT = torch.where(recent_NT, position_NT % W, W)  # the others go to a column that is cut off
-        self.slot_NW = _scattered(self.slot_NW, entry_NT, slot_NT.int())
-        self.marked_NW = _scattered(self.marked_NW, entry_NT, fresh.marked_BGK.flatten(0, 1))
+        _scatter(self.slot_NW, entry_NT, slot_NT.int())
+        _scatter(self.marked_NW, entry_NT, fresh.marked_BGK.flatten(0, 1))
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What lives from step to step."""
+        return (*self.pool.state, self.slot_NW, self.marked_NW)
 
     @property
     def held_BG(self) -> Tensor:
@@ -242,6 +260,6 @@ def fresh_pairs(k_BGTD: Tensor, v_BGTD: Tensor, evict_BGT: Tensor, new: NewToken
     return ReadablePairs(k_BGTD, v_BGTD, position_BGT, marked_BGT)
 
 
-def _scattered(old_NW: Tensor, entry_NT: Tensor, value_NT: Tensor) -> Tensor:
-    """`old_NW` with values put at entries 0 to W - 1; entry W is dropped."""
-    return torch.nn.functional.pad(old_NW, (0, 1)).scatter_(1, entry_NT, value_NT)[:, :-1].contiguous()
+def _scatter(ring_NW: Tensor, entry_NT: Tensor, value_NT: Tensor) -> None:
+    """Put values at entries 0 to W - 1; entry W is dropped."""
+    ring_NW.copy_(torch.nn.functional.pad(ring_NW, (0, 1)).scatter_(1, entry_NT, value_NT)[:, :-1])

@@ -24,10 +24,19 @@ from transformers.utils import logging
 
 from .attention_dms import DMSStep, install_attention
 from .cache_dms import DMSCache
+
+# From a local folder transformers 4.57 takes along only the files that this one imports. Those that others
+# import stand here for that reason alone.
+from .cache_layer_dms import DMSCacheLayer  # noqa: F401
 from .configuration_dms import DMSSettings
 from .fork_dms import first_of_equal_rows, repeat_rows
+from .graph_dms import GraphedStep
+from .page_attention_dms import PAGE_ATTENTION  # noqa: F401
+from .page_kernel_dms import attend_pages_triton  # noqa: F401
+from .pages_dms import PagePool  # noqa: F401
 from .refusals_dms import (
     max_positions,
+    refuse_chunks_of_padding,
     refuse_foreign_cache,
     refuse_generation_modes,
     refuse_hidden_past,
@@ -62,6 +71,7 @@ class DMSForCausalLM:
         self.page_attention = "torch"
         """Which of PAGE_ATTENTION (see page_attention_dms.py) the caches of this model are made with."""
         self._dms_meter: KVMeter | None = None
+        self._generating_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings)
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
         self.model.register_forward_hook(repeat_rows, with_kwargs=True)
@@ -95,6 +105,10 @@ class DMSForCausalLM:
         """An empty cache for this model, to pass as past_key_values and keep."""
         settings = self.dms_settings
         return DMSCache(len(self.model.layers), settings.window, settings.lag, self.page_attention)
+
+    def graphed_step(self, cache: DMSCache) -> GraphedStep:
+        """Decode steps on `cache` as a CUDA graph; see graph_dms.py."""
+        return GraphedStep(self, cache)
 
     # ---- one forward ----
 
@@ -165,9 +179,11 @@ class DMSForCausalLM:
         """Called once by `generate`, where transformers would make a DynamicCache."""
         refuse_generation_modes(generation_config, args[0] if args else kwargs.get("generation_mode"))
         refuse_length(self.max_positions, generation_config.max_length)
+        refuse_chunks_of_padding(generation_config, model_kwargs.get("attention_mask"))
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = self.make_cache()
+        self._generating_meter = cache.meter if isinstance(cache, DMSCache) else None
         if isinstance(cache, DMSCache):
             cache.refuse_if_broken()
             cache.meter.restart_sequences()
@@ -189,10 +205,13 @@ class CountingCriteria(StoppingCriteriaList):
     def __init__(self, criteria: StoppingCriteriaList, model: DMSForCausalLM, follows_beams: bool) -> None:
         super().__init__(criteria)
         self.model = model
+        self.meter = model._generating_meter
         self.follows_beams = follows_beams
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         ended_B = super().__call__(input_ids, scores, **kwargs)
+        if self.meter is not None:  # with guidance_scale the latest forward was another branch's
+            self.model._dms_meter = self.meter
         meter = self.model._dms_meter
         if meter.has_storage:
             if not self.follows_beams:  # there ended_B has a row for each candidate

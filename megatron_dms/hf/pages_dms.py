@@ -5,6 +5,9 @@ many. Pages are handed out in ascending order and are never given back within a 
 a head holds never falls), hence: all pages of a head are full but its last one, the last one is the highest,
 and free pages are at the end.
 
+All tensors are allocated outside of torch.inference_mode, so that a cache may cross its borders, and change
+in place, so that a CUDA graph can replay a step. Only a growth and a selection of heads move them.
+
 Shapes: N heads (sequence times KV head), P pages, S slots of a page, D head size, K pairs of the fullest
 head, T new tokens. A *slot* of the pool is page * S + place in the page; the *index* of a pair counts the
 pairs of its head from 0 in the order of its pages.
@@ -46,7 +49,13 @@ class PagePool:
         self.count_N = torch.zeros(heads, dtype=torch.int64, device=device)  # pairs of the head
         self.last_page_N = torch.zeros(heads, dtype=torch.int64, device=device)  # any, while it has no pair
         self.used = torch.zeros((), dtype=torch.int64, device=device)  # pages that have an owner
-        self._sure_steps = 0  # steps for which there are pages whatever they append
+        self.sure_steps = 0  # steps for which there are pages whatever they append
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What lives from step to step."""
+        by_page = (self.keys_PSD, self.values_PSD, self.owner_P, self.fill_P)
+        return (*by_page, self.count_N, self.last_page_N, self.used)
 
     @property
     def kv_bytes(self) -> int:
@@ -55,8 +64,7 @@ class PagePool:
 
     @property
     def bookkeeping_bytes(self) -> int:
-        parts = (self.owner_P, self.fill_P, self.count_N, self.last_page_N, self.used)
-        return sum(part.nbytes for part in parts)
+        return sum(part.nbytes for part in self.state) - self.kv_bytes
 
     def write(self, slot_X: Tensor, key_XD: Tensor, value_XD: Tensor) -> None:
         """Put pairs into slots. Detached: the pool is written in place, which no graph would survive."""
@@ -64,33 +72,40 @@ class PagePool:
         self.values_PSD.flatten(0, 1).index_copy_(0, slot_X, value_XD.detach())
 
     def take_one(self, reuse_N: Tensor, slot_N: Tensor) -> Tensor:
-        """[N] int64: the slot for one more pair of each head: `slot_N` where `reuse_N`, else at its end."""
-        self._make_room()
+        """[N] int64: the slot for one more pair of each head: `slot_N` where `reuse_N`, else at its end.
+
+        There must be pages for it: see `make_room`, which asks the device where this must not.
+        """
         S = self.keys_PSD.shape[1]
         place_N = self.count_N % S
         opens_N = ~reuse_N & (place_N == 0)
         opened_N = opens_N.cumsum(dim=0)
-        self.last_page_N = torch.where(opens_N, self.used + opened_N - 1, self.last_page_N)
-        self.used = self.used + opened_N[-1]
-        self.count_N = self.count_N + ~reuse_N
+        self.last_page_N.copy_(torch.where(opens_N, self.used + opened_N - 1, self.last_page_N))
+        self.used += opened_N[-1]
+        self.count_N += ~reuse_N
         # Every head has a pair by now, so that this is true of all of them, and nothing has to be picked out.
         heads_N = torch.arange(len(self.count_N), device=self.count_N.device)
         self.owner_P.index_copy_(0, self.last_page_N, heads_N)
         self.fill_P.index_copy_(0, self.last_page_N, ((self.count_N - 1) % S + 1).int())
         return torch.where(reuse_N, slot_N, self.last_page_N * S + place_N)
 
-    def _make_room(self) -> None:
-        """Pages for whatever this step appends. Asks the device only when the known free ones may run out."""
-        if self._sure_steps == 0:
-            N, S = len(self.count_N), self.keys_PSD.shape[1]
-            *room_N, used = torch.cat([-self.count_N % S, self.used[None]]).tolist()
-            wanted = used + sum(-(-max(STEPS_AHEAD - room, 0) // S) for room in room_N)
-            if wanted > len(self.owner_P):
-                self._grow(wanted)
-            # If all heads append at every step, a head opens pages at its steps room + 1, room + 1 + S, ...
-            free = len(self.owner_P) - used
-            self._sure_steps = sorted(room_N)[free % N] + S * (free // N)
-        self._sure_steps -= 1
+    def make_room(self, steps: int = STEPS_AHEAD) -> bool:
+        """Grow, unless there are pages for so many steps whatever they append. Asks the device: call it only
+        when `sure_steps` has come to 0.
+
+        Returns:
+            Whether the pages have moved.
+        """
+        N, S = len(self.count_N), self.keys_PSD.shape[1]
+        *room_N, used = torch.cat([-self.count_N % S, self.used[None]]).tolist()
+        wanted = used + sum(-(-max(steps - room, 0) // S) for room in room_N)
+        grows = wanted > len(self.owner_P)
+        if grows:
+            self._grow(wanted)
+        # If all heads append at every step, a head opens pages at its steps room + 1, room + 1 + S, ...
+        free = len(self.owner_P) - used
+        self.sure_steps = sorted(room_N)[free % N] + S * (free // N)
+        return grows
 
     def take_many(self, more_N: Tensor, index_NT: Tensor) -> Tensor:
         """Lengthen the heads by `more_N` pairs.
@@ -100,7 +115,7 @@ class PagePool:
         """
         S = self.keys_PSD.shape[1]
         pages_N = _pages(self.count_N, S)
-        self.count_N = self.count_N + more_N
+        self.count_N += more_N
         opened_N = _pages(self.count_N, S) - pages_N
         used, opened = torch.stack([self.used, opened_N.sum()]).tolist()
         if used + opened > len(self.owner_P):
@@ -112,13 +127,14 @@ class PagePool:
         self.owner_P[used : used + opened] = heads_N.repeat_interleave(opened_N)
         self.fill_P[used : used + opened] = S
         self.fill_P[self.last_page_N[(pages_N > 0) & (opened_N > 0)]] = S
-        self.last_page_N = torch.where(opened_N > 0, end_N - 1, self.last_page_N)
+        self.last_page_N.copy_(torch.where(opened_N > 0, end_N - 1, self.last_page_N))
         some_N = self.count_N > 0
         self.fill_P[self.last_page_N[some_N]] = ((self.count_N[some_N] - 1) % S + 1).int()
-        self.used = self.used + opened
-        self._sure_steps = 0
+        self.used += opened
+        self.sure_steps = 0
         return page_NT * S + index_NT % S
 
+    @torch.inference_mode(False)
     def _grow(self, pages: int) -> None:
         """To at least that many pages. Each tensor is let go as soon as it is copied."""
         now = len(self.owner_P)
@@ -178,7 +194,7 @@ class PagePool:
         self.count_N = self.count_N[head_M]
         self.last_page_N = (start_M + pages_M - 1).clamp(min=0)
         self.used = self.used.new_full((), total)
-        self._sure_steps = 0
+        self.sure_steps = 0
         return slot_MW
 
 

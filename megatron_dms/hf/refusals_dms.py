@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import __version__
 
 from .cache_dms import DMSCache
 
@@ -119,4 +120,14 @@ def refuse_generation_modes(generation_config, mode: str | None) -> None:
         raise ValueError(
             "assisted generation and prompt lookup are not supported by DMS models: a rejected token may "
             "already have evicted pairs; generate with the model alone"
+        )
+
+
+def refuse_chunks_of_padding(generation_config, mask: Tensor | None) -> None:
+    """In transformers 4 the positions of a prompt's chunks count padding, and those of steps do not."""
+    in_chunks = getattr(generation_config, "prefill_chunk_size", None) is not None
+    if in_chunks and int(__version__.split(".")[0]) < 5 and mask is not None and not bool(mask.all()):
+        raise ValueError(
+            f"prefill_chunk_size with a padded batch: transformers {__version__} would give its tokens wrong "
+            "positions; use transformers 5, prompts of one length, or no prefill_chunk_size"
         )

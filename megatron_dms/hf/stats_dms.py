@@ -1,7 +1,8 @@
 """What a generation cost: achieved compression, KV reads, peak tokens and bytes.
 
 A `KVMeter` belongs to one cache and only adds up tensors, so that reading costs nothing until someone asks;
-`KVMeter.stats` turns the sums into a `KVStats` of plain Python numbers.
+`KVMeter.stats` turns the sums into a `KVStats` of plain Python numbers. The tensors change in place, for the
+reasons in pages_dms.py.
 
 Shapes: B sequences, G KV heads, L layers.
 """
@@ -47,13 +48,21 @@ class KVStats:
     """Bytes of keys and values in a dense cache with every sequence at the longest one's tokens_seen."""
     evicted_fraction_per_head: list[list[float]]
     """[L][G], the mean over sequences and tokens; 1 / (1 - x) is that head's compression ratio."""
+    kv_reads_per_head: list[list[float]]
+    """[L][G], in pairs: the same reads by head, the mean over sequences; kv_reads_mean is the mean of it."""
+    peak_tokens_per_head: list[list[float]]
+    """[L][G], in pairs: the most each head held, the mean over sequences; peak_tokens_mean is the mean of it.
+    (No head of a sequence ever holds fewer pairs than before: all peak together, at its last token.)"""
 
     def to_dict(self, per_head: bool = False) -> dict[str, object]:
-        """As JSON-ready values; the L x G table only on request."""
-        entries = asdict(self)
-        if not per_head:
-            del entries["evicted_fraction_per_head"]
-        return entries
+        """As JSON-ready values; the L x G tables only on request."""
+        return {
+            name: value for name, value in asdict(self).items() if per_head or not name.endswith("_per_head")
+        }
+
+
+PER_SEQUENCE = ("active_B", "decided_B", "seen_B", "dense_reads_B", "generated_B")
+PER_HEAD = ("arrived_LBG", "evicted_LBG", "held_LBG", "peak_LBG", "reads_LBG")
 
 
 class KVMeter:
@@ -62,15 +71,15 @@ class KVMeter:
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
         self.active_B: Tensor | None = None  # False once a sequence has ended; None before the first forward
-        self.evicted_LBG: list[Tensor] = []  # per layer [B, G]: decisions to evict
-        self.evicted_before_LBG: list[Tensor] = []  # the same before the current forward
         self.decided_B: Tensor | None = None
         self.seen_B: Tensor | None = None
-        self.held_B: Tensor | None = None  # pairs held after the last forward, summed over layers and heads
-        self.peak_B: Tensor | None = None
-        self.reads_B: Tensor | None = None
         self.dense_reads_B: Tensor | None = None
         self.generated_B: Tensor | None = None
+        self.arrived_LBG: Tensor | None = None  # decisions to evict in the last forward
+        self.evicted_LBG: Tensor | None = None  # those before it
+        self.held_LBG: Tensor | None = None  # pairs after the last forward
+        self.peak_LBG: Tensor | None = None
+        self.reads_LBG: Tensor | None = None
         self.bytes = 0
         self.bookkeeping_bytes = 0
         self.peak_bytes = 0
@@ -82,10 +91,17 @@ class KVMeter:
         """Whether it has measured a cache, rather than forwards without one."""
         return self.bytes_per_pair > 0
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """What lives from step to step; nothing before the first forward."""
+        if self.active_B is None:
+            return ()
+        return tuple(getattr(self, name) for name in PER_SEQUENCE + PER_HEAD)
+
     def restart_sequences(self) -> None:
         """Count every sequence again: a new call of `generate` continues the ended ones, too."""
         if self.active_B is not None:
-            self.active_B = torch.ones_like(self.active_B)
+            self.active_B.fill_(True)
 
     def start_forward(self, before_B: Tensor, count_B: Tensor, lag: int, num_heads: int) -> None:
         """Called once per forward, before any layer.
@@ -96,37 +112,42 @@ class KVMeter:
             num_heads: G.
         """
         if self.active_B is None:
-            zero_B = torch.zeros_like(count_B)
-            self.active_B = torch.ones_like(count_B, dtype=torch.bool)
-            self.evicted_LBG = [zero_B[:, None].repeat(1, num_heads) for _ in range(self.num_layers)]
-            self.decided_B = self.seen_B = self.held_B = self.peak_B = zero_B
-            self.reads_B = self.dense_reads_B = self.generated_B = zero_B
+            with torch.inference_mode(False):  # see pages_dms.py
+                B = len(count_B)
+                self.active_B = torch.ones(B, dtype=torch.bool, device=count_B.device)
+                for name in PER_SEQUENCE[1:]:
+                    setattr(self, name, torch.zeros(B, dtype=torch.int64, device=count_B.device))
+                for name in PER_HEAD:
+                    sums_LBG = torch.zeros(
+                        self.num_layers, B, num_heads, dtype=torch.int64, device=count_B.device
+                    )
+                    setattr(self, name, sums_LBG)
         total_B = before_B + count_B
         decided_B = (total_B - lag).clamp(min=0) - (before_B - lag).clamp(min=0)
-        self.seen_B = self.seen_B + count_B * self.active_B
-        self.decided_B = self.decided_B + decided_B * self.active_B
-        self.evicted_before_LBG = list(self.evicted_LBG)
-        self.held_B = torch.zeros_like(self.held_B)
+        self.seen_B += count_B * self.active_B
+        self.decided_B += decided_B * self.active_B
+        self.evicted_LBG += self.arrived_LBG
+        self.arrived_LBG.zero_()
         self.bytes = self.bookkeeping_bytes = 0
 
     def record_decisions(self, layer: int, evict_BG: Tensor) -> None:
-        """Add [B, G] decisions to evict that arrived in this forward.
+        """Take down [B, G] decisions to evict that arrived in this forward.
 
-        To what was there before it, not to the sum: gradient checkpointing runs a layer's forward twice.
+        Beside the sum, not in it: gradient checkpointing runs a layer's forward twice.
         """
-        before_BG = self.evicted_before_LBG[layer].to(evict_BG.device)
-        self.evicted_LBG[layer] = before_BG + evict_BG * self.active_B.to(evict_BG.device)[:, None]
+        self.arrived_LBG[layer].copy_(evict_BG.to(self.active_B.device) * self.active_B[:, None])
 
     def record_storage(
         self, layer: int, held_BG: Tensor, bytes_per_pair: int, kv_bytes: int, bookkeeping_bytes: int
     ) -> None:
-        """Add one layer's holdings after this forward; the last layer closes the forward."""
-        self.held_B = self.held_B + held_BG.sum(dim=1).to(self.held_B.device)
+        """Take down one layer's holdings after this forward; the last layer closes the forward."""
+        self.held_LBG[layer].copy_(held_BG)
         self.bytes_per_pair = bytes_per_pair
         self.bytes += kv_bytes
         self.bookkeeping_bytes += bookkeeping_bytes
         if layer == self.num_layers - 1:
-            self.peak_B = torch.where(self.active_B, torch.maximum(self.peak_B, self.held_B), self.peak_B)
+            # No maximum is needed: a head never holds fewer pairs than before.
+            self.peak_LBG.copy_(torch.where(self.active_B[:, None], self.held_LBG, self.peak_LBG))
             if self.bytes > self.peak_bytes:
                 self.peak_bytes, self.peak_bookkeeping_bytes = self.bytes, self.bookkeeping_bytes
 
@@ -135,11 +156,11 @@ class KVMeter:
 
         What that query read is what is held after it: what is dropped is exactly what it could not see.
         """
-        self.reads_B = self.reads_B + self.held_B * self.active_B
-        self.dense_reads_B = self.dense_reads_B + self.seen_B * self.active_B
-        self.generated_B = self.generated_B + self.active_B.to(self.generated_B.dtype)
+        self.reads_LBG += self.held_LBG * self.active_B[:, None]
+        self.dense_reads_B += self.seen_B * self.active_B
+        self.generated_B += self.active_B
         if ended_B is not None:
-            self.active_B = self.active_B & ~ended_B.to(self.active_B.device)
+            self.active_B &= ~ended_B.to(self.active_B.device)
 
     @property
     def rows(self) -> int | None:
@@ -152,28 +173,27 @@ class KVMeter:
             index = torch.arange(self.rows, device=self.active_B.device)
             self.select_sequences(index.repeat_interleave(rows // self.rows))
 
+    @torch.inference_mode(False)
     def select_sequences(self, index: Tensor) -> None:
         """Follow the cache when a beam search reorders, repeats or drops sequences."""
         if self.active_B is None:
             return
-        for name in (
-            "active_B", "decided_B", "seen_B", "held_B", "peak_B", "reads_B", "dense_reads_B", "generated_B",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            setattr(self, name, value.index_select(0, index.to(value.device)))
-        self.evicted_LBG = [part.index_select(0, index.to(part.device)) for part in self.evicted_LBG]
+        for names, dim in ((PER_SEQUENCE, 0), (PER_HEAD, 1)):
+            for name in names:
+                value = getattr(self, name)
+                setattr(self, name, value.index_select(dim, index.to(value.device)))
 
     def stats(self) -> KVStats | None:
         """The sums as plain numbers (synchronises with the device), or None before the first forward."""
         if self.active_B is None:
             return None
-        per_head = torch.stack([part.cpu() for part in self.evicted_LBG]).double()  # [L, B, G]
-        layers, _, heads = per_head.shape
+        evicted_LBG = self.evicted_LBG + self.arrived_LBG
+        layers, _, heads = evicted_LBG.shape
         decided = int(self.decided_B.sum())
-        fraction_LG = per_head.sum(dim=1) / max(decided, 1)
+        fraction_LG = evicted_LBG.sum(dim=1).double() / max(decided, 1)
         fraction = float(fraction_LG.mean())
-        reads = [float(x) / (layers * heads) for x in self.reads_B.tolist()]
-        peaks = [float(x) / (layers * heads) for x in self.peak_B.tolist()]
+        reads_LBG, peak_LBG = self.reads_LBG.double(), self.peak_LBG.double()
+        reads, peaks = reads_LBG.mean(dim=(0, 2)).tolist(), peak_LBG.mean(dim=(0, 2)).tolist()
         seen, dense = self.seen_B.tolist(), self.dense_reads_B.tolist()
         return KVStats(
             achieved_cr=None if fraction == 1.0 else 1.0 / (1.0 - fraction),
@@ -190,6 +210,8 @@ class KVMeter:
             peak_bookkeeping_bytes=self.peak_bookkeeping_bytes,
             dense_bytes=len(seen) * max(seen) * layers * heads * self.bytes_per_pair,
             evicted_fraction_per_head=fraction_LG.tolist(),
+            kv_reads_per_head=reads_LBG.mean(dim=1).tolist(),
+            peak_tokens_per_head=peak_LBG.mean(dim=1).tolist(),
         )
 
 

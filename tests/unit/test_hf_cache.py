@@ -1,6 +1,7 @@
 """The cache that forgets: whatever way the tokens come in, the logits are those of the masked forward."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from test_hf_reference import (  # noqa: F401
     tiny_model,
 )
 from transformers import DynamicCache, StaticCache
+
+from megatron_dms.hf import pages_dms
 
 T = 23
 
@@ -226,6 +229,40 @@ def test_a_step_has_the_gradient_of_its_own_token():
     other = model.make_cache()
     with torch.no_grad():
         assert torch.allclose(feed(model, other, ids_BT, [T - 3, 1])[:, -3:].sum(), sum(losses), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "modes", list(itertools.permutations(["inference", "no_grad", "grad"])), ids="-".join
+)
+def test_caches_cross_the_borders_of_inference_mode(modes, monkeypatch):
+    """Catches a tensor of the cache, its pools or its meter that is made under torch.inference_mode, in a
+    prompt, a growth, a reorder or a first step: nothing outside could write it."""
+    monkeypatch.setattr(pages_dms, "PAGE_SIZE", 2)
+    contexts = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+    model, ids_BT = tiny_model(), random_tokens(3, 2 * T)
+    order = torch.tensor([2, 0, 1])
+    whole = model(ids_BT, use_cache=False).logits.detach()
+    cache, start = model.make_cache(), 0
+    for mode in modes:
+        with contexts[mode]():
+            if start:
+                cache.reorder_cache(order)
+                ids_BT, whole = ids_BT[order], whole[order]
+            for size in (5, 1, 1, 1, 1):
+                part = model(ids_BT[:, start : start + size], past_key_values=cache)
+                start += size
+                assert torch.allclose(part.logits, whole[:, start - size : start], atol=1e-4)
+                cache.meter.count_generated(torch.tensor([False, False, start > 12]))
+            cache.meter.restart_sequences()
+        assert not any(part.is_inference() for part in cache.state)
+    cache = model.make_cache()
+    several = {"num_return_sequences": 2, "do_sample": True, "past_key_values": cache}
+    with contexts[modes[0]]():
+        out_BT = model.generate(ids_BT[:, :T], max_new_tokens=1, **several)
+    mask_BT = torch.ones_like(out_BT)  # else a sampled 0 would be taken for padding
+    with contexts[modes[1]]():
+        model.generate(out_BT, attention_mask=mask_BT, max_new_tokens=3, past_key_values=cache)
+    assert model.last_kv_stats.tokens_seen == [T + 3] * 6
 
 
 @torch.no_grad()

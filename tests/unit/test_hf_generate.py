@@ -186,3 +186,15 @@ def test_refusals():
         model.generate(ids_BT, prompt_lookup_num_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="assisted generation"):
         model.generate(ids_BT, assistant_model=tiny_model(), **GREEDY)
+
+
+@torch.no_grad()
+def test_guidance_counts_its_own_branch_only():
+    """guidance_scale runs a second branch, with a cache of its own, after each step. Catches: statistics of
+    that branch, in which no token was generated from the prompt."""
+    model, ids_BT = tiny_model(), random_tokens(2, PROMPT)
+    model.generate(ids_BT, guidance_scale=1.5, negative_prompt_ids=random_tokens(2, 3), **GREEDY)
+    stats = model.last_kv_stats
+    assert stats.generated_tokens == [NEW] * 2
+    assert stats.tokens_seen == [PROMPT + NEW - 1] * 2
+    assert stats.dense_kv_reads == [sum(range(PROMPT, PROMPT + NEW))] * 2

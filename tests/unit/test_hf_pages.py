@@ -273,7 +273,7 @@ def test_identity_selection_copies_nothing():
     """Catches a copy of all pages at each step of a beam search whose beams stay where they are."""
     cache = DMSCache(1, 3, 1)
     feed_layer(cache.layers[0], [0, 0], 9, seed=0)
-    cache.seen_B, cache.columns = torch.tensor([9, 9]), 9
+    cache.place(2, 9, None, torch.device("cpu"))
     keys = cache.layers[0].pool.keys_PSD
     cache.reorder_cache(torch.tensor([0, 1]))
     assert cache.layers[0].pool.keys_PSD is keys

@@ -4,9 +4,12 @@ import logging
 
 import pytest
 import torch
+import transformers
 from test_hf_cache import feed
 from test_hf_generate import left_padded
 from test_hf_reference import one_thread, random_tokens, tiny_model  # noqa: F401
+
+from megatron_dms.hf import refusals_dms
 
 POSITIONS = 24
 
@@ -64,6 +67,22 @@ def test_generate_refuses_at_its_start():
         model.generate(ids_BT, max_new_tokens=6)
     assert model.last_kv_stats is None
     assert model.generate(ids_BT, max_new_tokens=5, min_new_tokens=5).shape == (1, 25)
+
+
+@torch.no_grad()
+def test_chunks_of_a_padded_batch_in_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There transformers gives the tokens wrong positions. Catches: wrong logits in silence; chunks refused
+    where nothing is wrong with them."""
+    model, inputs = tiny_model(), left_padded(random_tokens(1, 9), random_tokens(1, 4))
+    chunks = {"prefill_chunk_size": 4, "max_new_tokens": 1}
+    monkeypatch.setattr(refusals_dms, "__version__", "4.57.6")
+    with pytest.raises(ValueError, match="prefill_chunk_size with a padded batch"):
+        model.generate(**inputs, **chunks)
+    model.generate(**inputs, max_new_tokens=1)
+    model.generate(inputs["input_ids"], attention_mask=torch.ones(2, 9, dtype=torch.int64), **chunks)
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        monkeypatch.setattr(refusals_dms, "__version__", transformers.__version__)
+        model.generate(**inputs, **chunks)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Decode steps replayed as a CUDA graph: one launch instead of some dozen for each layer.
+
+    logits_BTV = model(prompt_BT, past_key_values=cache).logits  # cache = model.make_cache()
+    token_B1 = logits_BTV[:, -1].argmax(dim=-1, keepdim=True)
+    step = GraphedStep(model, cache)
+    while ...:
+        token_B1 = step(token_B1).argmax(dim=-1, keepdim=True)
+
+A step changes the cache in place and asks nothing of the device, so what it launches does not depend on the
+lengths, the decisions or the pages opened. The host's share is done here: pages for the tokens to come, and
+counters. Where the cache's tensors have moved (pools have grown, sequences were reordered, a prompt came in
+between), one step runs as usual, which compiles and warms up, and the next one is captured.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .cache_dms import DMSCache
+
+STEPS_AHEAD = 128
+"""A growth makes room for so many tokens that every head keeps: 2 or 3 pages per head. With fewer, the graph
+would be captured more often."""
+
+
+class GraphedStep:
+    """`step(ids_B1)` is the model's forward with one token for each sequence, and returns the logits."""
+
+    device_type = "cuda"
+
+    def __init__(self, model, cache: DMSCache) -> None:
+        """
+        Args:
+            model: a DMSForCausalLM in eval mode, on one CUDA device.
+            cache: a cache of it that has had its prompt. It may be used without this object in between.
+
+        Raises:
+            ValueError: model or cache is not like that.
+        """
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1 or model.device.type != self.device_type:
+            found = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"the model is on {found}; a graph needs one {self.device_type} device")
+        if getattr(model.model.rotary_emb, "rope_type", None) in ("dynamic", "longrope"):
+            raise ValueError("the model's RoPE asks for the longest sequence at each step, a graph cannot")
+        self.model = model
+        self.cache = cache
+        self._refuse_unready()
+        self._places: list[
+            tuple[int, int]
+        ] = []  # address and size of each tensor of the cache, when last seen
+        self._ids_B1: Tensor | None = None
+        self._logits_BV: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    @torch.inference_mode(False)  # the tensors made here must serve outside of it, too
+    @torch.no_grad()
+    def __call__(self, ids_B1: Tensor) -> Tensor:
+        """[B, V]: the logits after the tokens `ids_B1` [B, 1], of which none is padding.
+
+        The next call overwrites them.
+
+        Raises:
+            ValueError: ids of another shape, or a model or cache that is no longer as in __init__.
+            RuntimeError: see DMSCache.refuse_if_broken.
+        """
+        self._refuse_unready()
+        cache = self.cache
+        cache.make_room(STEPS_AHEAD)
+        state = cache.state
+        B = len(state[0])
+        if ids_B1.shape != (B, 1):
+            raise ValueError(f"ids_B1 is {list(ids_B1.shape)}, expected one token per sequence, [{B}, 1]")
+        places = [(part.data_ptr(), part.nbytes) for part in state]
+        at_limit = cache.get_seq_length() >= self.model.max_positions  # there the model reads the lengths
+        if places != self._places or at_limit:
+            self._places, self._replay = places, None
+            self._ids_B1 = ids_B1.to(self.model.device, copy=True)
+            return self._warm_up()
+        self._ids_B1.copy_(ids_B1)
+        if self._replay is None:
+            self._capture()  # a capture does the host's share, and launches nothing
+        else:
+            cache.count_step()
+            self.model._dms_meter = cache.meter
+        self._replay()
+        return self._logits_BV
+
+    def _forward(self) -> Tensor:
+        """[B, V]. Without position_ids, transformers would take the number of columns: one of the host's."""
+        cache = self.cache
+        out = self.model(
+            self._ids_B1, position_ids=cache.seen_B[:, None], past_key_values=cache, use_cache=True
+        )
+        return out.logits[:, -1]
+
+    def _warm_up(self) -> Tensor:
+        """A step as usual, but on the stream that will capture, which then has its workspaces."""
+        device = self.model.device
+        current = torch.cuda.current_stream(device)
+        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            logits_BV = self._forward()
+        current.wait_stream(self._stream)
+        return logits_BV.clone()  # the other stream may write over its own tensors
+
+    def _capture(self) -> None:
+        """Set `_replay`, and the `_logits_BV` it writes."""
+        graph = torch.cuda.CUDAGraph()
+        # The old graph lives until the new one has joined its memory pool: a pool without a graph is gone.
+        pool = None if self._graph is None else self._graph.pool()
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+            self._logits_BV = self._forward()
+        self._graph, self._replay = graph, graph.replay
+
+    def _refuse_unready(self) -> None:
+        model, cache = self.model, self.cache
+        if model.training:
+            raise ValueError("the model is in training mode; call model.eval()")
+        if torch.is_autocast_enabled(self.device_type):
+            raise ValueError("autocast is on: it drops the weights it casts, which a graph would still read")
+        if not isinstance(cache, DMSCache) or cache.get_seq_length() == 0:
+            raise ValueError(f"the {type(cache).__name__} is no DMS cache with a prompt in it")
+        model._settle_cache({"past_key_values": cache})  # refuses one of another model, or a broken one
+        if cache.copies > 1:
+            raise ValueError(
+                f"each sequence of the cache stands for {cache.copies} of the batch; call cache.fork() first"
+            )
