@@ -7,11 +7,13 @@ right and not because nothing in it was recognised.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ _SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _FLAG = re.compile(r"--dms-[a-z][a-z0-9-]*")
 _MAKE = re.compile(r"(?:^|[;&|] *|\$ )make((?: [^\s#;&|]+)+)")
+_PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _TOOL = re.compile(r"\btools/[A-Za-z0-9_]+\.py\b")
 _PATH = re.compile(r"^\.?[A-Za-z0-9_][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_.*-]+)*/?$")
 _SOURCE_ENDINGS = (
@@ -108,7 +111,7 @@ def make_targets_named(text: str) -> set[str]:
 
 def make_targets() -> set[str]:
     text = (ROOT / "Makefile").read_text()
-    return set(re.findall(r"^([a-z][a-z-]*):(?!=)", text, re.MULTILINE))
+    return set(re.findall(r"^([a-z][a-z0-9-]*):(?!=)", text, re.MULTILINE))
 
 
 def dms_flags() -> set[str]:
@@ -215,3 +218,30 @@ def test_flags_page_gives_every_default_and_choice() -> None:
         default = "none" if item.default is None else item.default
         assert row.split("|")[2].strip() == str(default), row
         assert all(choice in row for choice in item.metadata["choices"] or ()), row
+
+
+def test_the_inference_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block in order, on a tiny model that evicts; and the flags of its command lines exist.
+
+    Catches: an example that the exported model, or this version of transformers, does not run.
+    """
+    from test_evaluation_cost import export_with_tokenizer
+
+    page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    blocks = _PYTHON.findall(page)
+    (folder,) = set(re.findall(r'^folder = "(.*)"$', page, re.MULTILINE))
+    tokenizer = (
+        export_with_tokenizer(tmp_path / folder, max_position_embeddings=4096) / "tokenizer_config.json"
+    )
+    inputs = {"model_input_names": ["input_ids", "attention_mask"]}  # as those of real models say
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | inputs))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, f"docs/inference.md: {block}", "exec"), names)
+    assert len(blocks) >= 8 and names["stats"].achieved_cr > 1.5
+
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", "cost", "--help"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (used,) = re.findall(r"^python tools/evaluate.py cost (.*?[^\\])\n", page, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"--[a-z-]+", used)) <= set(re.findall(r"--[a-z-]+", known))

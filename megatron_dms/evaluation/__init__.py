@@ -1,0 +1,1 @@
+"""Measuring exported checkpoints: what they are asked, what they cost."""

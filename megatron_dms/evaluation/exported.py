@@ -1,0 +1,103 @@
+"""An exported DMS checkpoint with its own code, refused where it is not one, where it is incomplete, or where
+this machine cannot run it. Nothing is fetched."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_dms.hf import MODELING_MODULE
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PAGE_ATTENTION = ("torch", "triton")
+
+
+def check_exported(folder: Path) -> None:
+    """Look at config.json only, so that no code of another kind of checkpoint runs.
+
+    Raises:
+        ValueError: not a folder, no config.json, or not one that tools/convert.py export made of a DMS model.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{folder} is not a checkpoint: its config.json: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json is not JSON: {error}") from error
+    auto_map = config.get("auto_map") if isinstance(config, dict) else None
+    code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    if not str(code).startswith(f"{MODELING_MODULE}."):
+        raise ValueError(
+            f"{folder} is not an exported DMS checkpoint: auto_map in config.json names "
+            f"{code or 'no class'}, expected one of {MODELING_MODULE}.py; make one with tools/convert.py"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises ValueError if the folder has none that can be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder} has no usable tokenizer: {reason}") from error
+
+
+def check_device(name: str | None, page_attention: str) -> str:
+    """The device to use: `name`, or else cuda where there is one.
+
+    Raises:
+        ValueError: torch does not see it, or the page attention does not run on it.
+    """
+    import torch
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name is None:
+        name = "cuda" if "cuda" in devices else "cpu"
+    if name not in devices:
+        raise ValueError(f"--device is {name}, torch sees {', '.join(devices)}")
+    if page_attention == "triton" and name == "cpu":
+        raise ValueError("--page-attention triton needs a CUDA device; use torch on cpu")
+    return name
+
+
+def load_model(folder: Path, dtype: str, device: str, page_attention: str) -> Any:
+    """The model, in evaluation mode. This runs the Python files of the folder.
+
+    Args:
+        dtype: of DTYPES; "auto" is the one that config.json names.
+        device: as `check_device` returns it.
+        page_attention: of PAGE_ATTENTION.
+
+    Raises:
+        ValueError: the weights are incomplete or do not fit the config.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is said of missing tensors is an error here
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=True,
+            local_files_only=True,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: its weights cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info[problem]:  # transformers goes on with random values
+            names = ", ".join(map(str, sorted(info[problem])[:3]))
+            raise ValueError(
+                f"{folder}: {len(info[problem])} {problem.replace('_', ' ')}, among them {names}"
+            )
+    model.page_attention = page_attention
+    return model.eval().to(device)
