@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_hf_reference import one_thread, random_tokens, tiny_model  # noqa: F401
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
@@ -41,13 +42,14 @@ NVIDIA_KEYS = {
 }
 
 LOAD_AND_GENERATE = """
-import json, sys, torch
+import json, sys, torch, transformers
 sys.modules["megatron_dms"] = None  # importing the package is an error, wherever it is installed
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 tokens = model.generate(torch.tensor(json.loads(sys.argv[2])), do_sample=False, max_new_tokens=9)
 print(json.dumps({"class": type(model).__name__, "module": type(model).__module__,
+                  "transformers": transformers.__version__,
                   "tokens": tokens.tolist(), "stats": model.last_kv_stats.to_dict()}))
 """
 
@@ -71,13 +73,14 @@ def test_export_runs_without_the_package(family, predictor, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == family
     command = [sys.executable, "-c", LOAD_AND_GENERATE, str(folder), json.dumps(ids_BT.tolist())]
-    keep = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    keep["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    keep = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    keep["PYTHONPATH"] = str(Path(transformers.__file__).parents[1])  # this one, and no package
     run = subprocess.run(command, cwd=tmp_path, env=keep, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     loaded = json.loads(run.stdout.splitlines()[-1])
     assert loaded["module"].startswith("transformers_modules.")
     assert loaded["class"] == type(model).__name__
+    assert loaded["transformers"] == transformers.__version__
     assert loaded["tokens"] == model.generate(ids_BT, do_sample=False, max_new_tokens=9).tolist()
     assert loaded["stats"] == model.last_kv_stats.to_dict()
 
