@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from test_hf_generate import PROMPT, left_padded
 from test_hf_reference import KV_HEADS, LAYERS, one_thread, random_tokens, tiny_model  # noqa: F401
 
@@ -25,8 +26,8 @@ def count_tokens(model):
     return sizes
 
 
-def prompts():
-    return left_padded(random_tokens(1, PROMPT), random_tokens(1, 8, seed=3))
+def prompts(short=8):
+    return left_padded(random_tokens(1, PROMPT), random_tokens(1, short, seed=3))
 
 
 @pytest.mark.parametrize("how", SEVERAL)
@@ -36,7 +37,9 @@ def test_a_prompt_is_computed_once_for_all_its_sequences(how, chunk, monkeypatch
     """Catches prefill forwards over repeated rows, a cache forked in another order than the batch, beams
     reordered before the fork, and sequences missing from the statistics."""
     model = tiny_model()
-    inputs = prompts() | SEVERAL[how] | {"max_new_tokens": NEW, "prefill_chunk_size": chunk}
+    refused = chunk and transformers.__version__ < "5"  # chunks of padding
+    inputs = prompts(PROMPT if refused else 8) | SEVERAL[how]
+    inputs |= {"max_new_tokens": NEW, "prefill_chunk_size": chunk}
     sizes = count_tokens(model)
     torch.manual_seed(0)
     forked, forked_stats = model.generate(**inputs), model.last_kv_stats
