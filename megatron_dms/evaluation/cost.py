@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 PER_HEAD = ("evicted_fraction_per_head", "kv_reads_per_head", "peak_tokens_per_head")
 _SECONDS_BETWEEN_LINES = 5.0
@@ -121,8 +122,8 @@ def measure(
         needed: figures that last_kv_stats must have; PER_HEAD for `per_head`.
 
     Raises:
-        ValueError: a prompt with its answer is longer than the model's positions; a needed figure is missing,
-            because the export is of an earlier version.
+        ValueError: a prompt with its answer is longer than the model's positions; a token that the model does
+            not have; out of memory; a needed figure is missing, because the export is of an earlier version.
     """
     longest = max(len(ids) for _, ids in prompts) + generation.max_new_tokens - 1  # the last is never fed
     positions = getattr(model, "max_positions", longest)  # exports of earlier versions do not tell
@@ -131,12 +132,24 @@ def measure(
             f"the longest prompt and --max-new-tokens make {longest} tokens, the model has {positions} "
             "positions"
         )
+    largest, rows = max(max(ids) for _, ids in prompts), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, the model has {rows}: they do not go together"
+        )
+    # Of the checkpoint's own settings, such as penalties, only the end of a text is kept.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     torch.manual_seed(generation.seed)
     begin = last = time.monotonic()
     found: list[BatchCost] = []
     for start in range(0, len(prompts), generation.batch_size):
         batch = prompts[start : start + generation.batch_size]
-        _generate(model, [ids for _, ids in batch], generation, pad_id)
+        try:
+            _generate(model, [ids for _, ids in batch], generation, pad_id)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"out of memory: a smaller --batch-size or --chains needs less ({error})"
+            ) from error
         stats = model.last_kv_stats.to_dict(per_head=True)
         missing = [name for name in needed if name not in stats]
         if missing:
@@ -176,7 +189,7 @@ def _generate(model: Any, prompts: list[list[int]], generation: Generation, pad_
         ),
         max_new_tokens=generation.max_new_tokens,
         num_return_sequences=generation.chains,
-        num_beams=1,
+        use_cache=True,
         pad_token_id=pad_id,
         **sampling,
     )

@@ -91,13 +91,13 @@ def load_model(folder: Path, dtype: str, device: str, page_attention: str) -> An
         )
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights cannot be read: {error}") from error
+    except (RuntimeError, TypeError, KeyError, AttributeError, SyntaxError, ImportError) as error:
+        # From its config, its code, or weights of other shapes.
+        raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info[problem]:  # transformers goes on with random values
-            names = ", ".join(map(str, sorted(info[problem])[:3]))
-            raise ValueError(
-                f"{folder}: {len(info[problem])} {problem.replace('_', ' ')}, among them {names}"
-            )
+    if info["missing_keys"]:  # transformers goes on with random values
+        names = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"{folder}: {len(info['missing_keys'])} missing keys, among them {names}")
     model.page_attention = page_attention
     return model.eval().to(device)

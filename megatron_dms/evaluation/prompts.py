@@ -22,11 +22,12 @@ class Prompt:
 
     def encode(self, tokenizer: Any) -> list[int]:
         """Token ids, at least one; a chat through the tokenizer's template, up to where the answer begins."""
-        if isinstance(self.content, str):
-            ids = tokenizer(self.content)["input_ids"]
-        else:
-            # No special tokens: the template writes them into the text.
-            ids = tokenizer(self._rendered(tokenizer), add_special_tokens=False)["input_ids"]
+        is_text = isinstance(self.content, str)
+        text = self.content if is_text else self._rendered(tokenizer)
+        try:  # without special tokens for a chat: the template writes them into the text
+            ids = tokenizer(text, add_special_tokens=is_text)["input_ids"]
+        except TypeError as error:  # half of a surrogate pair, say
+            raise ValueError(f"{self.where}: the tokenizer does not take this text: {error}") from error
         if not ids:
             raise ValueError(f"{self.where}: a prompt of 0 tokens, expected at least one")
         return list(ids)
@@ -41,7 +42,7 @@ class Prompt:
             )
         try:
             return tokenizer.apply_chat_template(self.content, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"{self.where}: the chat template refuses these messages: {error}") from error
 
 

@@ -10,6 +10,11 @@ How pairs are kept and dropped is in cache_layer_dms.py, where they lie in pages
 Shapes: B sequences, T new tokens.
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
@@ -37,6 +42,7 @@ class DMSCache(Cache):
         self._seen_B: Tensor | None = None  # changes in place
         self.copies = 1
         self.columns = 0
+        self.follows_beams = False  # its rows are a beam search's, in an order of its own
         self._moving = False
         self.meter = KVMeter(len(self.layers))
 
@@ -65,12 +71,11 @@ class DMSCache(Cache):
         """
         self.refuse_if_broken()
         pools = [layer.pool for layer in self.layers if layer.is_initialized]
-        self._moving = True  # a growth that breaks off leaves keys and values of different sizes
-        moved = any([pool.make_room() for pool in pools if pool.sure_steps == 0])
-        if moved:
-            for pool in pools:
-                pool.make_room(steps)
-        self._moving = False
+        with self.moving():  # a growth that breaks off leaves keys and values of different sizes
+            moved = any([pool.make_room() for pool in pools if pool.sure_steps == 0])
+            if moved:
+                for pool in pools:
+                    pool.make_room(steps)
         return moved
 
     def count_step(self) -> None:
@@ -91,13 +96,33 @@ class DMSCache(Cache):
                 "memory?). Delete it, or call its reset(), and start again from the prompt"
             )
 
+    def refuse_other_batch(self, B: int) -> None:
+        """Raises ValueError if the cache holds another number of sequences."""
+        if self._seen_B is not None and len(self._seen_B) != B:
+            raise ValueError(f"this DMS cache holds {len(self._seen_B)} sequences, the input has {B}")
+
+    def give_up(self) -> None:
+        """Call it unusable, until it is reset."""
+        self._moving = True
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """If what is within breaks off, the cache is broken."""
+        self._moving = True
+        yield
+        self._moving = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DMSCache":
+        with torch.inference_mode(False):  # see pages_dms.py
+            copied = memo[id(self)] = type(self).__new__(type(self))
+            copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
     def place(self, B: int, T: int, real_BT: Tensor | None, device: torch.device) -> NewTokens:
         """Give the T new columns their positions, and count them; once per forward, before any layer."""
         if self._seen_B is None:
             with torch.inference_mode(False):  # see pages_dms.py
                 self._seen_B = torch.zeros(B, dtype=torch.int64, device=device)
-        if len(self._seen_B) != B:
-            raise ValueError(f"this DMS cache holds {len(self._seen_B)} sequences, the input has {B}")
         new = NewTokens.place(self.seen_B, T, real_BT)
         self.columns += T  # first: from here on a forward that breaks off leaves the layers behind
         self._seen_B += new.count_B
@@ -127,13 +152,12 @@ class DMSCache(Cache):
         if self._seen_B is None:
             return
         indices = indices.to(self._seen_B.device)
-        self._moving = True  # until layers, counts and meter have all moved
-        self.meter.match_rows(len(self._seen_B) * self.copies)
-        stored = indices // self.copies
-        if not torch.equal(stored, torch.arange(len(self._seen_B), device=stored.device)):
-            for layer in self.layers:
-                layer.select_sequences(stored)
-            self._seen_B = self._seen_B.index_select(0, stored)
-        self.meter.select_sequences(indices)
-        self.copies = 1
-        self._moving = False
+        with self.moving():  # until layers, counts and meter have all moved
+            self.meter.match_rows(len(self._seen_B) * self.copies)
+            stored = indices // self.copies
+            if not torch.equal(stored, torch.arange(len(self._seen_B), device=stored.device)):
+                for layer in self.layers:
+                    layer.select_sequences(stored)
+                self._seen_B = self._seen_B.index_select(0, stored)
+            self.meter.select_sequences(indices)
+            self.copies = 1

@@ -34,7 +34,7 @@ class GraphedStep:
     def __init__(self, model, cache: DMSCache) -> None:
         """
         Args:
-            model: a DMSForCausalLM in eval mode, on one CUDA device.
+            model: a DMSForCausalLM in eval mode, on one CUDA device. Its weights must stay where they are.
             cache: a cache of it that has had its prompt. It may be used without this object in between.
 
         Raises:
@@ -83,12 +83,16 @@ class GraphedStep:
             self._ids_B1 = ids_B1.to(self.model.device, copy=True)
             return self._warm_up()
         self._ids_B1.copy_(ids_B1)
-        if self._replay is None:
-            self._capture()  # a capture does the host's share, and launches nothing
-        else:
-            cache.count_step()
-            self.model._dms_meter = cache.meter
-        self._replay()
+        try:
+            if self._replay is None:
+                self._capture()  # does the host's share, and launches nothing
+            else:
+                cache.count_step()
+                self.model._dms_meter = cache.meter
+            self._replay()
+        except BaseException:
+            cache.give_up()  # the host's share is done, the device's is not
+            raise
         return self._logits_BV
 
     def _forward(self) -> Tensor:

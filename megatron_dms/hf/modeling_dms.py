@@ -37,6 +37,7 @@ from .pages_dms import PagePool  # noqa: F401
 from .refusals_dms import (
     max_positions,
     refuse_chunks_of_padding,
+    refuse_continuation,
     refuse_foreign_cache,
     refuse_generation_modes,
     refuse_hidden_past,
@@ -71,7 +72,6 @@ class DMSForCausalLM:
         self.page_attention = "torch"
         """Which of PAGE_ATTENTION (see page_attention_dms.py) the caches of this model are made with."""
         self._dms_meter: KVMeter | None = None
-        self._generating_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings)
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
         self.model.register_forward_hook(repeat_rows, with_kwargs=True)
@@ -125,11 +125,15 @@ class DMSForCausalLM:
             raise ValueError(f"expected input_ids or inputs_embeds, and only {MODEL_INPUTS} by position")
         refuse_outputs(self.config, inputs)
         B, T = tokens.shape[:2]
+        if T == 0:
+            raise ValueError("the input has no tokens")
         cache = self._settle_cache(inputs)
         copies = 1 if cache is None else cache.copies
         if copies > 1:
             copies = first_of_equal_rows(inputs, cache, B, T)
             B //= copies
+        if cache is not None:
+            cache.refuse_other_batch(B)
         past = 0 if cache is None else cache.get_seq_length()
         real_BT = _real_tokens(inputs.get("attention_mask"), B, T, past, tokens.device)
         refuse_packed(inputs.get("position_ids"), real_BT, T)
@@ -140,7 +144,7 @@ class DMSForCausalLM:
             new = NewTokens.place(torch.zeros(B, dtype=torch.int64, device=tokens.device), T, real_BT)
         else:
             meter = cache.meter
-            if past and T > 1:  # once a turn, so that single steps never wait for the device
+            if past:
                 refuse_hidden_past(inputs.get("attention_mask"), past, cache.seen_B)
             new = cache.place(B, T, real_BT, tokens.device)
         meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
@@ -173,46 +177,75 @@ class DMSForCausalLM:
 
     # ---- generate ----
 
+    def _prepare_generated_length(self, generation_config, *args, **kwargs):
+        """Called once by `generate`, which knows the prompt here. Its generation_config, a copy made for the
+        call, takes along what the next two methods need."""
+        is_text = kwargs["model_input_name"] == "input_ids"
+        generation_config._dms_prompt_columns = kwargs["input_ids_length"] if is_text else None
+        return super()._prepare_generated_length(generation_config, *args, **kwargs)
+
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs
+        self,
+        generation_config,
+        model_kwargs: dict[str, Any],
+        generation_mode: str,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Called once by `generate`, where transformers would make a DynamicCache."""
-        refuse_generation_modes(generation_config, args[0] if args else kwargs.get("generation_mode"))
-        refuse_length(self.max_positions, generation_config.max_length)
-        refuse_chunks_of_padding(generation_config, model_kwargs.get("attention_mask"))
+        mask = model_kwargs.get("attention_mask")
+        refuse_generation_modes(generation_config, generation_mode)
+        refuse_length(self.max_positions, max_cache_length, mask)
+        refuse_chunks_of_padding(generation_config, mask)
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:
             cache = model_kwargs["past_key_values"] = self.make_cache()
-        self._generating_meter = cache.meter if isinstance(cache, DMSCache) else None
+        generation_config._dms_meter = cache.meter if isinstance(cache, DMSCache) else None
         if isinstance(cache, DMSCache):
             cache.refuse_if_broken()
+            refuse_continuation(cache, generation_config)
             cache.meter.restart_sequences()
-            if cache.seen_B is None:
+            several = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if cache.get_seq_length() == 0:
                 # Each prompt comes this many times over, and is computed once: see fork_dms.py.
-                cache.copies = max(
-                    generation_config.num_beams or 1, generation_config.num_return_sequences or 1
-                )
+                cache.copies = several
+            cache.follows_beams = (generation_config.num_beams or 1) > 1
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
         """Called once by `generate`; what it returns is asked after every token, which is when to count."""
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        return CountingCriteria(criteria, self, follows_beams=(generation_config.num_beams or 1) > 1)
+        follows_beams = (generation_config.num_beams or 1) > 1
+        return CountingCriteria(criteria, self, generation_config._dms_meter, follows_beams)
+
+    def generate_batch(self, *args, **kwargs) -> None:
+        """Continuous batching of transformers."""
+        raise NotImplementedError(
+            "generate_batch and cache_implementation='paged' are not supported by DMS models: they bring a "
+            "paged cache of their own; use generate with a padded batch"
+        )
 
 
 class CountingCriteria(StoppingCriteriaList):
     """The stopping criteria of one `generate`; they also tell the meter that a token came, and who ended."""
 
-    def __init__(self, criteria: StoppingCriteriaList, model: DMSForCausalLM, follows_beams: bool) -> None:
+    def __init__(
+        self,
+        criteria: StoppingCriteriaList,
+        model: DMSForCausalLM,
+        meter: KVMeter | None,
+        follows_beams: bool,
+    ) -> None:
+        """`meter` is that of the cache, None where there is none of ours at the start."""
         super().__init__(criteria)
         self.model = model
-        self.meter = model._generating_meter
+        self.meter = meter
         self.follows_beams = follows_beams
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         ended_B = super().__call__(input_ids, scores, **kwargs)
         if self.meter is not None:  # with guidance_scale the latest forward was another branch's
             self.model._dms_meter = self.meter
-        meter = self.model._dms_meter
+        meter = self.meter or self.model._dms_meter
         if meter.has_storage:
             if not self.follows_beams:  # there ended_B has a row for each candidate
                 meter.match_rows(len(ended_B))

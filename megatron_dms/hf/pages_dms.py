@@ -60,11 +60,11 @@ class PagePool:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, empty slots included."""
-        return self.keys_PSD.nbytes + self.values_PSD.nbytes
+        return _bytes(self.keys_PSD) + _bytes(self.values_PSD)
 
     @property
     def bookkeeping_bytes(self) -> int:
-        return sum(part.nbytes for part in self.state) - self.kv_bytes
+        return sum(map(_bytes, self.state)) - self.kv_bytes
 
     def write(self, slot_X: Tensor, key_XD: Tensor, value_XD: Tensor) -> None:
         """Put pairs into slots. Detached: the pool is written in place, which no graph would survive."""
@@ -196,6 +196,11 @@ class PagePool:
         self.used = self.used.new_full((), total)
         self.sure_steps = 0
         return slot_MW
+
+
+def _bytes(x: Tensor) -> int:
+    """As x.nbytes, which torch.compile cannot trace once a size has changed."""
+    return x.numel() * x.element_size()
 
 
 def _pages(count_N: Tensor, S: int) -> Tensor:

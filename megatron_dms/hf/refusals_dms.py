@@ -41,7 +41,7 @@ def max_positions(config) -> int:
 def refuse_positions(limit: int, cache: DMSCache | None, T: int, real_BT: Tensor | None) -> None:
     """Of an input that ends beyond `limit` tokens, padding not counted."""
     new_B = torch.tensor([T]) if real_BT is None else real_BT.sum(dim=1).cpu()
-    before_B = 0 if cache is None or cache.seen_B is None else cache.seen_B.cpu()
+    before_B = 0 if cache is None or cache.get_seq_length() == 0 else cache.seen_B.cpu()
     longest = int((before_B + new_B).max())
     if longest > limit:
         raise ValueError(
@@ -50,12 +50,44 @@ def refuse_positions(limit: int, cache: DMSCache | None, T: int, real_BT: Tensor
         )
 
 
-def refuse_length(limit: int, max_length: int) -> None:
-    """Of a `generate` that would run into `limit`: at its start, not after hours."""
-    if max_length - 1 > limit:  # the last token is never fed
+def refuse_length(limit: int, columns: int, mask: Tensor | None) -> None:
+    """Of a `generate` that may run into `limit`: at its start, not after hours.
+
+    Args:
+        columns: most that will be fed, padding included.
+        mask: of the prompt, [B, columns of the prompt], None without padding.
+    """
+    if columns > limit and mask is not None:
+        columns -= int((mask == 0).sum(dim=1).min())
+    if columns > limit:
         raise ValueError(
-            f"prompt and new tokens may come to {max_length} tokens (max_length, or max_new_tokens beyond "
+            f"prompt and new tokens may come to {columns + 1} tokens (max_length, or max_new_tokens beyond "
             f"the prompt), the model has {limit} positions; ask for fewer new tokens"
+        )
+
+
+def refuse_continuation(cache: DMSCache, generation_config) -> None:
+    """Of a `generate` on a cache that does not hold the beginning of its text, row by row."""
+    if cache.get_seq_length() == 0:
+        return
+    if not generation_config.use_cache:
+        raise ValueError("use_cache=False with a cache as past_key_values; give one or the other")
+    if cache.follows_beams:
+        raise ValueError(
+            "this DMS cache holds the beams that a beam search was following, not the sequences it returned; "
+            "continue with a new cache and the whole text"
+        )
+    meter, seen_B = cache.meter, cache.seen_B
+    if meter.rows == len(seen_B) and not torch.equal(meter.seen_B.to(seen_B.device), seen_B):
+        raise ValueError(
+            "a sequence of this DMS cache had ended before the others of its batch, and padding was fed to "
+            "it: continue such a batch with a new cache and the whole text"
+        )
+    prompt = generation_config._dms_prompt_columns
+    if prompt is not None and prompt <= cache.get_seq_length():
+        raise ValueError(
+            f"the text has {prompt} tokens, the DMS cache has had {cache.get_seq_length()}: give the whole "
+            "text, beyond what the cache has had, or reset() the cache"
         )
 
 
@@ -77,7 +109,7 @@ def refuse_foreign_cache(model, cache: DMSCache) -> None:
     names = "layers, window, lag"
     found = (len(cache.layers), cache.window, cache.lag)
     expected = (len(layers), settings.window, settings.lag)
-    if cache.seen_B is not None:
+    if cache.get_seq_length():
         names += ", KV heads, head size"
         found += (cache.layers[0].groups, cache.layers[0].pool.keys_PSD.shape[-1])
         expected += (model.config.num_key_value_heads, layers[0].self_attn.head_dim)

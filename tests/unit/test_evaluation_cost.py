@@ -166,6 +166,16 @@ def test_per_head_tables(batch_size: int) -> None:
 
 
 @torch.no_grad()
+def test_settings_of_the_checkpoint_change_nothing() -> None:
+    """Catches: a repetition penalty under the name of greedy, and figures of 0 without a cache."""
+    model = that_ends()
+    expected = rows_as_json(ask(model))
+    for name, value in {"use_cache": False, "repetition_penalty": 3.0, "guidance_scale": 2.0}.items():
+        setattr(model.generation_config, name, value)
+    assert rows_as_json(ask(model)) == expected
+
+
+@torch.no_grad()
 def test_figures_that_an_old_export_lacks() -> None:
     """Catches: a KeyError after the last prompt instead of a line after the first."""
     with pytest.raises(ValueError, match="lacks no_such_figure: export it again"):
@@ -279,6 +289,7 @@ LINES = {
     "nothing": ("\n \n", "has no prompts"),
     "0 tokens": ('{"prompt": "k"}\n{"prompt": ""}', "line 2: a prompt of 0 tokens"),
     "not UTF-8": (b"\xff\xfe", "is not UTF-8"),
+    "half a character": ('{"prompt": "k \\ud83d"}', "line 1: the tokenizer does not take this text"),
     "too long": (
         json.dumps({"prompt": "k " * 250}),
         "the longest prompt and --max-new-tokens make 258 tokens",
@@ -344,12 +355,20 @@ def test_damaged_checkpoints(exported: Path, prompts: Path, tmp_path: Path) -> N
         ("cut", "model.safetensors", "its weights cannot be read"),
         ("template", "chat_template.jinja", "line 3: found messages, but the tokenizer has no chat template"),
         ("tokenizer", "tokenizer.json", "has no usable tokenizer"),
+        ("shape", "model.safetensors", "cannot be loaded: RuntimeError"),
+        ("code", "pages_dms.py", "cannot be loaded: SyntaxError"),
     ):
         folder = shutil.copytree(exported, tmp_path / name)
         file = folder / damage
         if name == "weights":
             tensors = {key: tensor for key, tensor in load_file(file).items() if key != "model.norm.weight"}
             save_file(tensors, file, metadata={"format": "pt"})
+        elif name == "shape":
+            tensors = load_file(file)
+            tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+            save_file(tensors, file, metadata={"format": "pt"})
+        elif name == "code":
+            file.write_text("def broken(:\n")
         elif name == "cut":
             file.write_bytes(file.read_bytes()[:5000])
         else:

@@ -285,3 +285,35 @@ def test_refusals():
     model = tiny_model(rope_scaling=dynamic)
     with pytest.raises(ValueError, match="RoPE"):
         RecordedStep(model, cache)
+
+
+@torch.no_grad()
+def test_a_capture_that_breaks_off_is_refused(monkeypatch):
+    """Catches: counters of the host that are a step ahead of the device's, in a cache that seems usable."""
+    model, ids_BT = tiny_model(), random_tokens(1, PROMPT)
+    cache = model.make_cache()
+    model(ids_BT, past_key_values=cache, use_cache=True)
+    step = RecordedStep(model, cache)
+    step(random_tokens(1, 1))  # warms up
+
+    def capture():
+        step._forward()
+        raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(step, "_capture", capture)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        step(random_tokens(1, 1))
+    with pytest.raises(RuntimeError, match="unusable"):
+        model(random_tokens(1, 1), past_key_values=cache, use_cache=True)
+
+
+def test_steps_within_and_outside_inference_mode():
+    """Catches: static tensors that belong to inference mode."""
+    model, ids_BT = tiny_model(), random_tokens(1, PROMPT)
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(ids_BT, past_key_values=cache, use_cache=True)
+    step = RecordedStep(model, cache)
+    with torch.inference_mode():
+        step(random_tokens(1, 1)), step(random_tokens(1, 1))
+    assert step(random_tokens(1, 1)).isfinite().all()

@@ -1,5 +1,6 @@
 """Positions and caches that do not fit the model are refused, and the cache stays as it was."""
 
+import copy
 import logging
 
 import pytest
@@ -8,6 +9,7 @@ import transformers
 from test_hf_cache import feed
 from test_hf_generate import left_padded
 from test_hf_reference import one_thread, random_tokens, tiny_model  # noqa: F401
+from transformers import StoppingCriteria
 
 from megatron_dms.hf import refusals_dms
 
@@ -111,6 +113,125 @@ def test_a_cache_of_other_sizes():
         model(ids_BT[:, 5:], past_key_values=cache, use_cache=True)
     rest = feed(other, cache, ids_BT[:, 5:], [4])
     assert torch.allclose(rest, other(ids_BT, use_cache=False).logits[:, 5:], atol=1e-4)
+
+
+@torch.no_grad()
+def test_positions_count_embeddings_and_no_padding():
+    """Catches: a prompt of embeddings left out of the length (a generation that breaks off), and columns of
+    padding counted (one that is refused for nothing)."""
+    model = small_model()
+    embeddings = model.get_input_embeddings()(random_tokens(1, 20))
+    with pytest.raises(ValueError, match="has 24 positions"):
+        model.generate(inputs_embeds=embeddings, max_new_tokens=6)
+    assert model.last_kv_stats is None
+    assert model.generate(inputs_embeds=embeddings, max_new_tokens=5, min_new_tokens=5).shape == (1, 5)
+    inputs = left_padded(random_tokens(1, 9), random_tokens(1, 4))
+    wide = {name: torch.nn.functional.pad(rows, (20, 0)) for name, rows in inputs.items()}
+    model.generate(**wide, max_new_tokens=8)
+    with pytest.raises(ValueError, match="come to 26 tokens"):
+        model.generate(**wide, max_new_tokens=17)
+
+
+def ended_batch(model, ids_BT):
+    """A cache after a batch of which the second sequence ended first, and its output."""
+    free = model.generate(ids_BT, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    end = int(free[1, ids_BT.shape[1] + 2])
+    assert end not in free[0, ids_BT.shape[1] :]
+    cache = model.make_cache()
+    settings = {"eos_token_id": end, "pad_token_id": 0, "do_sample": False}
+    return cache, model.generate(ids_BT, past_key_values=cache, max_new_tokens=8, **settings)
+
+
+@torch.no_grad()
+def test_a_batch_of_which_one_had_ended_is_not_continued():
+    """In one step or many, whatever the mask says. Catches: answers that have padding in their past."""
+    model = tiny_model()
+    cache, text = ended_batch(model, random_tokens(2, 9))
+    more = torch.cat([text, random_tokens(2, 3)], dim=1)
+    for continued in (text, more):
+        for mask in (None, torch.ones_like(continued)):
+            with pytest.raises(ValueError, match="had ended before the others"):
+                model.generate(continued, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+    mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.int64)
+    mask[1, -3] = 0
+    with pytest.raises(ValueError, match="hides tokens that the cache has taken in"):
+        model(random_tokens(2, 1), attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+def test_beams_are_not_continued():
+    """Catches: a second turn on rows that are the search's, not those of its output."""
+    model, ids_BT = tiny_model(), random_tokens(1, 9)
+    cache = model.make_cache()
+    beams = {"num_beams": 3, "num_return_sequences": 3, "do_sample": False, "max_new_tokens": 6}
+    text = model.generate(ids_BT, past_key_values=cache, **beams)
+    with pytest.raises(ValueError, match="holds the beams that a beam search was following"):
+        model.generate(text, past_key_values=cache, max_new_tokens=2)
+    cache.reset()
+    model.generate(text, past_key_values=cache, max_new_tokens=2)
+    kept, several = model.make_cache(), {"num_return_sequences": 2, "do_sample": True}
+    text = model.generate(ids_BT, past_key_values=kept, max_new_tokens=6, min_new_tokens=6, **several)
+    model.generate(text, attention_mask=torch.ones_like(text), past_key_values=kept, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_text_must_go_beyond_its_cache():
+    """Catches: a prompt that is fed twice in silence, and a cache beside use_cache=False."""
+    model, ids_BT = tiny_model(), random_tokens(1, 9)
+    cache = model.make_cache()
+    text = model.generate(ids_BT, past_key_values=cache, max_new_tokens=6, min_new_tokens=6)
+    for again in (ids_BT, text[:, :-1]):
+        with pytest.raises(ValueError, match=f"has {again.shape[1]} tokens, the DMS cache has had 14"):
+            model.generate(again, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="use_cache=False with a cache"):
+        model.generate(text, past_key_values=cache, use_cache=False, max_new_tokens=2)
+    model.generate(text, past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch([[1, 2]])
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_called_by_its_name():
+    """Catches: another batch size told as a hidden mask or a broadcast, an empty input as a reshape."""
+    model, ids_BT = small_model(), random_tokens(2, 22)
+    cache = model.make_cache()
+    feed(model, cache, ids_BT, [22])
+    for tokens, mask in ((2, torch.ones(3, 24)), (3, None)):
+        with pytest.raises(ValueError, match="holds 2 sequences, the input has 3"):
+            model(random_tokens(3, tokens), attention_mask=mask, past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="no tokens"):
+        model(ids_BT[:, :0], past_key_values=cache, use_cache=True)
+    feed(model, cache, random_tokens(2, 2), [1])
+
+
+@torch.no_grad()
+def test_a_generation_within_a_generation():
+    """As another thread's could come in between. Catches: what one call knows kept on the model."""
+    model, ids_BT = tiny_model(), random_tokens(2, 9)
+    model.generate(ids_BT, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    expected = model.last_kv_stats
+
+    class Inner(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[0] == 2:
+                model.generate(random_tokens(3, 4), max_new_tokens=2)
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    model.generate(ids_BT, max_new_tokens=6, min_new_tokens=6, do_sample=False, stopping_criteria=[Inner()])
+    assert model.last_kv_stats == expected
+
+
+@torch.inference_mode()
+def test_a_copy_made_in_inference_mode_goes_on_outside():
+    """Catches: a copy of inference tensors, which nothing outside may change."""
+    model, ids_BT = tiny_model(), random_tokens(1, 12)
+    cache = model.make_cache()
+    feed(model, cache, ids_BT[:, :9], [9])
+    copied = copy.deepcopy(cache)
+    expected = feed(model, cache, ids_BT[:, 9:], [1])
+    with torch.inference_mode(False), torch.no_grad():
+        found = feed(model, copied, ids_BT[:, 9:].clone(), [1])
+    assert torch.equal(found, expected)
 
 
 def test_eviction_switched_off_is_said():
