@@ -41,8 +41,8 @@ def compression_loss(mean_alpha: Tensor, target_fraction: float) -> Tensor:
     return (target_fraction - mean_alpha).clamp(min=0).mean()
 
 
-def _log_probabilities(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log softmax over a vocabulary that may be spread over `group`, in fp32 at least."""
+def log_probabilities(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """log softmax over a vocabulary that may be spread over `group`, in fp32 at least; a new tensor."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group is None:
         return torch.log_softmax(x, dim=-1)
@@ -66,7 +66,7 @@ class _VocabParallelKL(Function):
         group: dist.ProcessGroup | None,
         teacher_first: bool,
     ) -> Tensor:
-        log_s, log_t = _log_probabilities(student, group), _log_probabilities(teacher, group)
+        log_s, log_t = log_probabilities(student, group), log_probabilities(teacher, group)
         weight, ratio = (log_t, log_t - log_s) if teacher_first else (log_s, log_s - log_t)
         loss = (weight.exp() * ratio).sum(dim=-1)
         if group is not None:
@@ -78,7 +78,7 @@ class _VocabParallelKL(Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         student, teacher, loss = ctx.saved_tensors
-        log_s, log_t = _log_probabilities(student, ctx.group), _log_probabilities(teacher, ctx.group)
+        log_s, log_t = log_probabilities(student, ctx.group), log_probabilities(teacher, ctx.group)
         if ctx.teacher_first:
             slope = log_s.exp() - log_t.exp()
         else:
