@@ -13,14 +13,19 @@ def add_dms_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "DMS", "Dynamic Memory Sparsification: a KV cache that learns to forget"
     )
     for item in fields(DMSConfig):
-        kind = item.type if item.type in (int, float) else str
         default = "none" if item.default is None else item.default
+        if item.type is bool:
+            kind: dict[str, Any] = {"action": "store_true"}
+        else:
+            kind = {
+                "type": item.type if item.type in (int, float) else str,
+                "choices": item.metadata["choices"],
+            }
         group.add_argument(
             flag_of(item.name),
             dest=destination(item.name),
-            type=kind,
             default=item.default,
-            choices=item.metadata["choices"],
+            **kind,
             help=f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
         )
     return parser

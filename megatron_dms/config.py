@@ -10,12 +10,19 @@ from typing import Any
 
 from megatron_dms.ops.schedule import CompressionSchedule
 
+THRESHOLD = -40.0
+"""Default of attention_threshold; what it leaves out is derived in kernels/survivors.py."""
+
 BORROWED_CHANNEL_PREDICTORS = ("query_channel", "key_channel")
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None, model: bool = False) -> Any:
-    """A field with its help text; `model` marks what a trained model means nothing without."""
-    return field(default=default, metadata={"help": help, "choices": choices, "model": model})
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None, scope: str = "schedule") -> Any:
+    """A field with its help text.
+
+    Its scope says who must agree with a checkpoint's value: "model", which every run from its weights must;
+    "schedule", which a run that resumes must; "run", which is how and not what, nobody.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "scope": scope})
 
 
 @dataclass(frozen=True)
@@ -31,34 +38,34 @@ class DMSConfig:
         "where the eviction logit comes from: the last channel of the first query head of each group, the "
         "last channel of the key, or a linear layer of its own on the residual stream (section 3)",
         choices=("query_channel", "key_channel", "linear"),
-        model=True,
+        scope="model",
     )
     granularity: str = _setting(
         "head",
         "one decision per KV head, or one per layer (KV head 0's)",
         choices=("head", "layer"),
-        model=True,
+        scope="model",
     )
     alpha_scale: float = _setting(
-        100.0, "eviction logit = alpha_scale * raw value - alpha_offset; > 0", model=True
+        100.0, "eviction logit = alpha_scale * raw value - alpha_offset; > 0", scope="model"
     )
     alpha_offset: float = _setting(
         5.0,
         "see alpha_scale; 5 makes the first decisions sigmoid(-5) = 0.007: nothing is evicted at the start",
-        model=True,
+        scope="model",
     )
     window: int = _setting(
         256,
         "tokens for which a pair marked for eviction stays readable; 0 or more (section 3)",
-        model=True,
+        scope="model",
     )
     lag: int = _setting(
         1,
         "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's "
         "text, equal to the window for immediate eviction, the paper's inferior ablation",
-        model=True,
+        scope="model",
     )
-    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)", model=True)
+    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)", scope="model")
     final_cr: float = _setting(8.0, "compression ratio that is reached and then held, 1 or more (section 3)")
     steps_per_cr: float = _setting(100.0, "training steps per unit of compression ratio, > 0 (section 3)")
     anneal: str = _setting(
@@ -71,6 +78,17 @@ class DMSConfig:
         "teacher_student",
         "distillation loss per token: KL(teacher || student) or KL(student || teacher)",
         choices=("teacher_student", "student_teacher"),
+    )
+    kl_temperature: float = _setting(
+        1.0,
+        "what both logits are divided by in the distillation loss, > 0; the loss is not multiplied by its "
+        "square",
+    )
+    fuse_output_layer: bool = _setting(
+        False,
+        "in training, compute the distillation loss from hidden states, a few tokens at a time, so that the "
+        "logits of whole sequences are never in memory",
+        scope="run",
     )
     zeroing_steps: int = _setting(
         0,
@@ -87,6 +105,18 @@ class DMSConfig:
         None,
         "the frozen teacher: a HF folder or a Megatron checkpoint of the same tokenizer, or 'self' (linear "
         "predictor with --dms-train predictor only: the same weights with eviction off, no second copy)",
+    )
+    attention_backend: str = _setting(
+        "auto",
+        "what computes attention in training: auto is triton on CUDA and dense elsewhere; see "
+        "docs/training.md",
+        choices=("auto", "dense", "flash", "flex", "triton"),
+        scope="run",
+    )
+    attention_threshold: float = _setting(
+        THRESHOLD,
+        "triton: keys whose log(1 - alpha) is below this are not read beyond their window; < 0, in nats",
+        scope="run",
     )
 
     def __post_init__(self) -> None:
@@ -106,6 +136,13 @@ class DMSConfig:
         self._require(self.steps_per_cr > 0, "steps_per_cr", "> 0 steps")
         self._require(self.compression_weight >= 0, "compression_weight", ">= 0")
         self._require(self.zeroing_steps >= 0, "zeroing_steps", ">= 0 steps")
+        self._require(self.kl_temperature > 0, "kl_temperature", "> 0")
+        self._require(self.attention_threshold < 0, "attention_threshold", "< 0")
+        if self.attention_threshold != THRESHOLD and self.attention_backend not in ("auto", "triton"):
+            raise ValueError(
+                f"--dms-attention-threshold {self.attention_threshold} with --dms-attention-backend "
+                f"{self.attention_backend}: only triton leaves keys out; drop it"
+            )
         if self.zeroing_steps and not self.borrows_channel:
             raise ValueError(
                 f"--dms-predictor linear together with --dms-zeroing-steps {self.zeroing_steps}: the linear "
@@ -166,13 +203,14 @@ class DMSConfig:
             ValueError: names the field and both values.
         """
         for item in fields(self):
-            if item.name not in stored or not (resuming or item.metadata["model"]):
+            scope = item.metadata["scope"]
+            if item.name not in stored or scope == "run" or (scope == "schedule" and not resuming):
                 continue
             if item.name == "teacher" and "self" not in (self.teacher, stored["teacher"]):
                 continue  # a folder may have moved
             if stored[item.name] != getattr(self, item.name):
                 fix = f"use {flag_of(item.name)} {stored[item.name]}"
-                if resuming and not item.metadata["model"]:
+                if scope == "schedule":
                     fix += ", or --finetune to start a new schedule from these weights"
                 raise ValueError(
                     f"{flag_of(item.name)} is {getattr(self, item.name)}, but the checkpoint was trained "

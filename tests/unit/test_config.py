@@ -26,7 +26,12 @@ OTHER: dict[str, Any] = {
     "zeroing_steps": 0,  # the linear predictor has none, see test_zeroing_steps_from_the_command_line
     "train": "predictor",
     "teacher": "self",
+    "kl_temperature": 2.0,
+    "fuse_output_layer": True,
+    "attention_backend": "triton",
+    "attention_threshold": -25.0,
 }
+RUN_FIELDS = {"attention_backend", "attention_threshold", "fuse_output_layer"}
 MODEL_FIELDS = {"predictor", "granularity", "alpha_scale", "alpha_offset", "window", "lag", "temperature"}
 
 
@@ -40,7 +45,8 @@ def test_the_defaults() -> None:
         **{"predictor": "query_channel", "granularity": "head", "alpha_scale": 100.0, "alpha_offset": 5.0},
         **{"window": 256, "lag": 1, "temperature": 0.1, "final_cr": 8.0, "steps_per_cr": 100.0},
         **{"anneal": "cr", "compression_weight": 1.0, "kl": "teacher_student", "zeroing_steps": 0},
-        **{"train": "all", "teacher": None},
+        **{"train": "all", "teacher": None, "kl_temperature": 1.0},
+        **{"fuse_output_layer": False, "attention_backend": "auto", "attention_threshold": -40.0},
     }
 
 
@@ -62,6 +68,9 @@ def test_the_defaults() -> None:
         ("steps_per_cr", 0.0, "0.0, expected > 0 steps"),
         ("compression_weight", -1.0, "-1.0, expected >= 0"),
         ("zeroing_steps", -1, "-1, expected >= 0 steps"),
+        ("kl_temperature", 0.0, "0.0, expected > 0"),
+        ("attention_threshold", 0.0, "0.0, expected < 0"),
+        ("attention_backend", "fast", "'fast', expected one of auto, dense, flash, flex, triton"),
     ],
 )
 def test_each_check(name: str, value: object, expected: str) -> None:
@@ -117,6 +126,10 @@ def test_immediate_eviction_is_allowed() -> None:
             {"predictor": "key_channel", "teacher": "self", "train": "predictor"},
             ("--dms-teacher self", "--dms-predictor key_channel"),
         ),
+        (
+            {"attention_backend": "flash", "attention_threshold": -20.0},
+            ("--dms-attention-threshold -20.0", "--dms-attention-backend flash", "drop it"),
+        ),
     ],
 )
 def test_contradictions(settings: dict[str, Any], parts: tuple[str, ...]) -> None:
@@ -143,7 +156,11 @@ def test_one_flag_for_each_field() -> None:
 
 def test_every_field_can_be_set_from_the_command_line() -> None:
     """Catches: a flag that is accepted and ignored, a number that stays a string."""
-    words = [word for name, value in OTHER.items() for word in (flag_of(name), str(value))]
+    words = [
+        word
+        for name, value in OTHER.items()
+        for word in ((flag_of(name),) if value is True else (flag_of(name), str(value)))
+    ]
     found = dms_config_from_args(parser().parse_args(words))
     assert asdict(found) == OTHER and OTHER.keys() == {item.name for item in fields(DMSConfig)}
     for item in fields(DMSConfig):
@@ -208,13 +225,13 @@ def test_the_schedule_has_the_settings() -> None:
 @pytest.mark.parametrize("name", sorted(OTHER.keys() - {"teacher"}))
 @pytest.mark.parametrize("resuming", [True, False])
 def test_against_a_checkpoint(name: str, resuming: bool) -> None:
-    """Resuming, everything but the place of the teacher must agree; starting anew, what the model means
-    nothing without. Catches: a field left out of the comparison, a schedule that may not be changed by
-    --finetune."""
+    """Resuming, all must agree but the place of the teacher and how things are computed; starting anew,
+    what the model means nothing without. Catches: a field left out of the comparison, a schedule that may not
+    be changed by --finetune, a back-end that may not change."""
     config = DMSConfig()
     other = {"zeroing_steps": 7}.get(name, OTHER[name])
     stored = config.to_dict() | {name: other}
-    if not resuming and name not in MODEL_FIELDS:
+    if name in RUN_FIELDS or (not resuming and name not in MODEL_FIELDS):
         config.check_against(stored, resuming)
         return
     with pytest.raises(ValueError) as error:

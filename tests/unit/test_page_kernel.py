@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from page_cases import CASES, FULL, GROWN_CASES, Case, make_inputs, reference, tolerance
-from page_kernel_run import COMPILED, NAMES
+from page_kernel_run import COMPILED
+from sm90 import NAMES
 from transformers.dynamic_module_utils import get_imports
 
 from megatron_dms.hf import page_kernel_dms
