@@ -17,10 +17,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from megatron_dms.config import DMSConfig
+from megatron_dms.kernels import AttentionBackend, attention_backend, backend_name
 from megatron_dms.mcore.ledger import attach_compression_loss
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.mcore.predictor import BorrowedChannel, LinearPredictor, share_head_zero
-from megatron_dms.ops.attention import dms_attention
 from megatron_dms.ops.eviction import hard_eviction, logistic_noise, shift, soft_eviction
 
 
@@ -118,9 +118,14 @@ class DMSCoreAttention(MegatronModule):
         value, raw = value[..., :-1], value[..., -1]
         log_keep = self._log_keep(raw.permute(1, 2, 0), packed_seq_params)  # [B, G, T]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, D]
-        out = dms_attention(q, k, v, log_keep, self.dms.window, self.scale)
+        out = self._backend(q.device)(q, k, v, log_keep, self.dms.window, self.scale)
         T, B = query.shape[:2]
         return out.permute(2, 0, 1, 3).reshape(T, B, -1)
+
+    def _backend(self, device: torch.device) -> AttentionBackend:
+        name = backend_name(self.dms.attention_backend, device)
+        options = {"threshold": self.dms.attention_threshold} if name == "triton" else {}
+        return attention_backend(name, **options)
 
     def _log_keep(self, raw: Tensor, microbatch: Microbatch) -> Tensor:
         """Decide, report to the account, and shift by the lag. raw: [B, G, T] -> [B, G, T] fp32."""

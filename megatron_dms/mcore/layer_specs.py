@@ -1,7 +1,8 @@
 """Layer specs: a plain GPT (the teacher) and the same GPT with DMS attention (the student).
 
 Both start from Megatron's own spec, local or Transformer Engine. The student's attention and core attention
-are replaced, nothing else. Without Transformer Engine the norms are replaced in both, see norms.py.
+are replaced, nothing else. Without Transformer Engine the norms are replaced in both (norms.py), and the
+plain GPT's core attention (plain_attention.py).
 """
 
 from copy import deepcopy
@@ -19,11 +20,22 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.attention import DMSCoreAttention, DMSSelfAttention
 from megatron_dms.mcore.norms import NormColumnParallelLinear, RMSNorm
+from megatron_dms.mcore.plain_attention import PlainCoreAttention
 
 
-def dense_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, without DMS. config: a TransformerConfig or GPTModelConfig."""
-    return _block(_dense_layer_spec(config), config, vp_stage)
+def dense_block_spec(
+    config: Any, vp_stage: int | None = None, *, score_matrix: bool = False
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, without DMS.
+
+    Args:
+        config: a TransformerConfig or GPTModelConfig.
+        score_matrix: without Transformer Engine, Megatron's own core attention with its T x T scores.
+    """
+    layer = _dense_layer_spec(config)
+    if config.transformer_impl != "transformer_engine" and not score_matrix:
+        layer.submodules.self_attention.submodules.core_attention = PlainCoreAttention
+    return _block(layer, config, vp_stage)
 
 
 def dms_block_spec(config: Any, vp_stage: int | None = None, *, dms: DMSConfig) -> TransformerBlockSubmodules:

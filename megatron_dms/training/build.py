@@ -13,6 +13,7 @@ from megatron_dms.checkpoint import set_model_args, set_rope
 from megatron_dms.checkpoint.rope import attention_factor
 from megatron_dms.checkpoint.training_args import ARCHITECTURE
 from megatron_dms.config import DMSConfig
+from megatron_dms.kernels import backend_name
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
 from megatron_dms.training.teacher import distill, share_parameters
 from megatron_dms.training.trainable import freeze_all_but_predictor
@@ -43,12 +44,12 @@ def _prepare(
     if dms.train == "predictor":
         freeze_all_but_predictor(student, dms)
     if weights is None:
-        teacher = _build_dense(args, student)
+        teacher = _build_dense(args, dms, student)
         share_parameters(teacher, student)
     else:
-        teacher = _build_dense(_complete(args, weights.args), student)
+        teacher = _build_dense(_complete(args, weights.args), dms, student)
         weights.load(teacher)
-    return [distill(student, teacher, dms.kl, args.vocab_size)]
+    return [distill(student, teacher, dms, args.vocab_size)]
 
 
 def _complete(args: Namespace, teacher: Namespace) -> Namespace:
@@ -63,9 +64,13 @@ def _complete(args: Namespace, teacher: Namespace) -> Namespace:
     return complete
 
 
-def _build_dense(args: Namespace, student: GPTModel) -> GPTModel:
+def _build_dense(args: Namespace, dms: DMSConfig, student: GPTModel) -> GPTModel:
     config = gpt_config_from_args(args)
-    config.transformer_layer_spec = dense_block_spec
+    # With the dense back-end both make all scores in the same way: where nothing is evicted, the loss is 0
+    # and not a rounding, which Adam would turn into steps of full length.
+    device = next(student.parameters()).device
+    score_matrix = backend_name(dms.attention_backend, device) == "dense"
+    config.transformer_layer_spec = partial(dense_block_spec, score_matrix=score_matrix)
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     builder = config.get_builder_cls()(config)
     teacher = builder.build_model(

@@ -3,11 +3,13 @@
 Every check raises StartupError with one line that says what was found, what was expected, and the fix.
 """
 
+import os
 import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_dms.config import DMSConfig
+from megatron_dms.platform import cpu
 
 if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
@@ -145,6 +147,21 @@ def check_layout(args: Namespace, model: Namespace, whose: str = "the model") ->
     if args.world_size % (tp * pp):
         raise StartupError(
             f"{args.world_size} processes, but TP {tp} x PP {pp} needs a multiple of {tp * pp}"
+        )
+
+
+def check_attention_backend(args: Namespace, dms: DMSConfig) -> None:
+    """The named back-end can train on this machine (Triton's interpreter counts: tests run in it)."""
+    name = dms.attention_backend
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if cpu.installed() and name in ("flex", "triton") and not interpreted:
+        raise StartupError(
+            f"--dms-attention-backend {name} needs CUDA to train, and there is none here; use auto, dense or "
+            "flash"
+        )
+    if not cpu.installed() and name == "flash" and not (args.bf16 or args.fp16):
+        raise StartupError(
+            "--dms-attention-backend flash in fp32: on CUDA it takes bf16 and fp16; add --bf16, or use triton"
         )
 
 

@@ -74,6 +74,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
         args = parse_args(partial(_prepare_parser, begin=begin))
         ((start, continues),) = begin
         checks.check_supported(args)
+        checks.check_attention_backend(args, dms)
         checks.check_positive(args)
         checks.check_checkpoint(args, dms, start, continues)
         if not continues:

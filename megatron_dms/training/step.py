@@ -26,8 +26,10 @@ from megatron.training import (
 from torch import Tensor
 
 from megatron_dms.config import DMSConfig
+from megatron_dms.kernels import backend_name
 from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
 from megatron_dms.mcore.microbatch import Microbatch, Phase
+from megatron_dms.training.fused_output import FusedDistillation
 from megatron_dms.training.metrics import (
     COMPRESSION_LOSS,
     COMPRESSION_RATIOS,
@@ -62,6 +64,8 @@ class RetrofitStep:
         """
         self._shape = _model_shape(*models)
         print_rank_0(schedule_text(self.dms))
+        device = next(models[0].parameters()).device
+        print_rank_0(f" DMS attention in training: {backend_name(self.dms.attention_backend, device)}")
         return models
 
     def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -71,12 +75,16 @@ class RetrofitStep:
             self._start_step(data_iterator, model)
         batch = self._microbatches.popleft() if training else _on_device(next(data_iterator))
         microbatch = self._describe(batch, training, get_model_config(model))
+        fused = {}
+        if training and self.dms.fuse_output_layer:
+            fused["output_processor"] = FusedDistillation(self.dms, batch["loss_mask"], get_args().vocab_size)
         output = model(
             batch["tokens"],
             batch["position_ids"],
             None,  # the mask is causal, and DMS makes the rest of it
             labels=batch["labels"],
             packed_seq_params=microbatch,
+            **fused,
         )
         return output, partial(self._loss, batch, microbatch, model)
 
@@ -129,9 +137,12 @@ class RetrofitStep:
         gradient already (mcore/ledger.py) and is added for the report alone.
         """
         mask = batch["loss_mask"]
-        kl_sum = (unwrap_model(model).compute_kd_loss() * mask).sum()
-        reports = {KL: pair(kl_sum, mask.sum())}
         training = model.training
+        if training and self.dms.fuse_output_layer:
+            kl_sum = output
+        else:
+            kl_sum = (unwrap_model(model).compute_kd_loss() * mask).sum()
+        reports = {KL: pair(kl_sum, mask.sum())}
         if microbatch.account is None:
             one = torch.ones_like(kl_sum)
             reports |= dict.fromkeys(COMPRESSION_RATIOS, pair(one, 1)) | {COMPRESSION_LOSS: pair(0 * one, 1)}

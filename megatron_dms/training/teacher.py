@@ -18,9 +18,9 @@ from modelopt.torch.distill.plugins.megatron import DistillationConfig, adjust_d
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dms.ops.losses import kl_student_teacher, kl_teacher_student
+from megatron_dms.config import DMSConfig
+from megatron_dms.kernels.kl import distillation_kl
 
-KL_BY_NAME = {"teacher_student": kl_teacher_student, "student_teacher": kl_student_teacher}
 _LOGIT_LAYERS = ("output_layer", "output_layer")
 
 
@@ -30,38 +30,39 @@ class TokenKL(torch.nn.modules.loss._Loss):
     Columns beyond the true vocabulary are left out: how many there are depends on the layout.
     """
 
-    def __init__(self, direction: str, vocab_size: int, tp_group: ProcessGroup) -> None:
+    def __init__(self, dms: DMSConfig, vocab_size: int, tp_group: ProcessGroup) -> None:
         super().__init__()
-        self.kl = KL_BY_NAME[direction]
+        self.dms = dms
         self.vocab_size = vocab_size
         self.tp_group = tp_group
 
     def forward(self, student: tuple[Tensor, Any], teacher: tuple[Tensor, Any]) -> Tensor:
-        """Both arguments are (logits, bias), as Megatron's output layer returns them."""
-        own = true_columns(student[0], self.vocab_size, self.tp_group)
+        """Both arguments are (logits, bias), as Megatron's output layer returns them. In training the
+        teacher's logits are overwritten."""
+        own = true_columns(student[0].shape[-1], self.vocab_size, self.tp_group)
         group = self.tp_group if self.tp_group.size() > 1 else None
-        return self.kl(student[0][..., :own], teacher[0][..., :own], group).transpose(0, 1)
+        kl = distillation_kl(student[0], teacher[0], self.dms.kl, own, self.dms.kl_temperature, group)
+        return kl.transpose(0, 1)
 
 
-def true_columns(logits: Tensor, vocab_size: int, tp_group: ProcessGroup) -> int:
-    """How many columns of a rank's logits [..., V / TP] belong to the true vocabulary; the rest pads it."""
-    columns = logits.shape[-1]
+def true_columns(columns: int, vocab_size: int, tp_group: ProcessGroup) -> int:
+    """How many of a rank's V / TP columns belong to the true vocabulary; the rest pads it."""
     first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
         columns, tp_group.rank(), tp_group.size()
     )
     return min(max(vocab_size - first, 0), columns)
 
 
-def distill(student: GPTModel, teacher: GPTModel, direction: str, vocab_size: int) -> GPTModel:
+def distill(student: GPTModel, teacher: GPTModel, dms: DMSConfig, vocab_size: int) -> GPTModel:
     """Turn the student into modelopt's DistillationModel with this teacher, in place.
 
     Args:
-        direction: "teacher_student" or "student_teacher", see KL_BY_NAME.
+        dms: direction and temperature of the loss.
         vocab_size: true vocabulary, without padding.
     """
     criterion = {}
     if student.post_process:
-        criterion = {_LOGIT_LAYERS: TokenKL(direction, vocab_size, student.pg_collection.tp)}
+        criterion = {_LOGIT_LAYERS: TokenKL(dms, vocab_size, student.pg_collection.tp)}
     settings = DistillationConfig(criterion=criterion, logit_layers=_LOGIT_LAYERS)
     model = mtd.convert(
         student,
@@ -90,7 +91,7 @@ def _validation_cross_entropy(
     """
     if not model.training:
         logits = logits.clone()
-        own = true_columns(logits, vocab_size, model.pg_collection.tp)
+        own = true_columns(logits.shape[-1], vocab_size, model.pg_collection.tp)
         logits[..., own:] = torch.finfo(logits.dtype).min
     return cross_entropy(labels, logits)
 

@@ -33,6 +33,10 @@ RECOMPUTE = {
     "selective": (1, "--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
     "full": (1, *FULL_RECOMPUTE),
 }
+BACKENDS = {
+    "flash": (4, *TP, *PP),
+    "triton": (2, *TP, "--sequence-parallel", "--recompute-granularity", "selective"),
+}
 VARIANTS = {
     "linear_self_teacher": (
         *("--dms-predictor", "linear", "--dms-train", "predictor", "--dms-teacher", "self"),
@@ -67,6 +71,29 @@ def test_recompute_changes_nothing(name: str, workspace: Workspace, reference: C
     """Bit for bit. Catches decisions that are counted twice, noise that is drawn anew, and a decision logit
     that is closed over instead of being an input of the recomputed region."""
     assert_same_curves(workspace.run(name, *RECOMPUTE[name]), reference, range(STEPS), 0.0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_backend_equals_dense(
+    name: str, workspace: Workspace, reference: Curves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In other layouts at that, Triton in its interpreter. Catches a back-end that is not the one named, a
+    layout of memory that it misreads, and gradients that recomputation loses."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    curves = workspace.run(f"backend_{name}", *BACKENDS[name], "--dms-attention-backend", name)
+    assert_same_curves(curves, reference, range(STEPS), TOLERANCE)
+    log = (workspace.folder / f"backend_{name}.log").read_text()
+    assert f"DMS attention in training: {name}" in log
+
+
+@pytest.mark.parametrize("layout", [(1,), (4, *TP, *PP), (2, *TP, "--sequence-parallel")], ids=len)
+def test_fused_output_layer_equals_logits(layout: tuple, workspace: Workspace, reference: Curves) -> None:
+    """Tied embeddings, a vocabulary padded differently at TP 2. Catches: gradients of hidden states that are
+    not added up over ranks, or twice with sequence parallelism, tokens weighted in another order, a gradient
+    of the output layer that the optimizer does not get, a flag that is accepted and ignored."""
+    name = f"fused_{len(layout)}"
+    curves = workspace.run(name, *layout, "--dms-fuse-output-layer")
+    assert_same_curves(curves, reference, range(STEPS), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dms.config import DMSConfig
 from megatron_dms.ops.losses import compression_loss, kl_student_teacher, kl_teacher_student
 
 VOCAB = 131
@@ -153,19 +154,19 @@ def test_compression_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("rank", "own"), [(0, 68), (1, 63), (2, 0)])
-def test_distillation_leaves_vocabulary_padding_out(rank: int, own: int) -> None:
+def test_distillation_leaves_vocabulary_padding_out(
+    rank: int, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """131 tokens padded to 204 over three ranks: 68 + 63 + 0 columns count. Catches: padding in the
     softmax, a count by the padded size, samples and tokens not transposed."""
-    from megatron_dms.training.teacher import TokenKL  # late: imports Megatron and modelopt
+    from megatron_dms.training import teacher as module  # late: imports Megatron and modelopt
 
-    group = SimpleNamespace(size=lambda: 3, rank=lambda: rank)
-    criterion, calls = TokenKL("teacher_student", VOCAB, group), []
-    criterion.kl = lambda *args: (calls.append(args), args[0].sum(-1))[1]
+    group, calls = SimpleNamespace(size=lambda: 3, rank=lambda: rank), []
+    monkeypatch.setattr(module, "distillation_kl", lambda *args: (calls.append(args), args[0].sum(-1))[1])
     student, teacher = torch.randn(5, 2, 68), torch.randn(5, 2, 68)
-    assert criterion((student, None), (teacher, None)).shape == (2, 5)
-    ((found_student, found_teacher, found_group),) = calls
-    assert torch.equal(found_student, student[..., :own]) and torch.equal(found_teacher, teacher[..., :own])
-    assert found_group is group
+    dms = DMSConfig(kl="student_teacher", kl_temperature=1.5)
+    assert module.TokenKL(dms, VOCAB, group)((student, None), (teacher, None)).shape == (2, 5)
+    assert calls == [(student, teacher, "student_teacher", own, 1.5, group)]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -176,5 +177,5 @@ def test_distillation_by_direction(direction: str) -> None:
 
     alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     padded = [F.pad(part, (0, 3), value=2.0) for part in logits()[:2]]
-    found = TokenKL(direction, VOCAB, alone)((padded[0], None), (padded[1], None))
+    found = TokenKL(DMSConfig(kl=direction), VOCAB, alone)((padded[0], None), (padded[1], None))
     torch.testing.assert_close(found, by_torch(*logits()[:2], direction).T)

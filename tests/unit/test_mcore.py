@@ -24,6 +24,7 @@ from megatron_dms.mcore.attention import DMSCoreAttention, DMSSelfAttention
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
 from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
 from megatron_dms.mcore.microbatch import Microbatch, Phase
+from megatron_dms.ops.attention import dms_attention
 from megatron_dms.ops.eviction import logistic_noise
 from megatron_dms.training.trainable import borrowed_rows, freeze_all_but_predictor, zero_borrowed_rows
 
@@ -240,10 +241,9 @@ def test_borrowed_channel_is_zero_before_and_after_rope(
 
     def spy(q: Tensor, k: Tensor, *rest: object) -> Tensor:
         seen.update(q=q.detach().permute(2, 0, 1, 3), k=k.detach().permute(2, 0, 1, 3))
-        return original(q, k, *rest)
+        return dms_attention(q, k, *rest)
 
-    original = attention_module.dms_attention
-    monkeypatch.setattr(attention_module, "dms_attention", spy)
+    monkeypatch.setattr(attention_module, "attention_backend", lambda name: spy)
     dms = DMSConfig(predictor=predictor, granularity=granularity, **SETTINGS)
     model, record = build(dms), microbatch(Phase.HARD)
     attend(model, hidden_states(), record)

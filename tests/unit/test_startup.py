@@ -204,10 +204,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "no tokens": ("--seq-length -5", ("--seq-length is -5", "expected 1 or more")),
     "TP 0": ("--tensor-model-parallel-size 0", ("--tensor-model-parallel-size is 0", "expected 1 or more")),
-    "PP below 1": (
-        "--pipeline-model-parallel-size -1",
-        ("--pipeline-model-parallel-size is -1", "1 or more"),
-    ),
+    "PP below 1": ("--pipeline-model-parallel-size -1", ("parallel-size is -1", "1 or more")),
+    "flex on CPU": ("--dms-attention-backend flex", ("flex needs CUDA to train", "use auto, dense or flash")),
+    "triton on CPU": ("--dms-attention-backend triton", ("triton needs CUDA to train", "use auto, dense")),
     "TP that does not divide the heads": (
         "--tensor-model-parallel-size 3",
         ("--tensor-model-parallel-size is 3", f"num_attention_heads = {HEADS}", f"use a divisor of {HEADS}"),
