@@ -3,21 +3,86 @@
 
     tools/bench.py convert     both conversions against cp: seconds, GB/s, ratio, peak memory
     tools/bench.py decode      a decode step of an exported model against transformers' dense cache
+    tools/bench.py attention   training attention, every back-end against causal attention and FlexAttention
+    tools/bench.py loss        distillation losses against nvidia-modelopt's
+    tools/bench.py step        a training step with DMS against one without
 
-Progress goes to stderr; stdout gets a table, and JSON on the last line. Bad input: one line `error: ...` on
-stderr, exit status 2; interrupted: 130.
+The last three use the GPU where there is one, and have larger defaults there. Candidates take turns; times
+are medians with quartiles, memory is what a run allocates at most. What could not be measured says so.
+
+Progress goes to stderr; stdout gets a table, and JSON: on the last line, or of the last three on a line for
+each row. Bad input: one line `error: ...` on stderr, exit status 2; interrupted: 130.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
 from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
+
+NOT_MEASURED = "not measured"
+
+
+class Option(NamedTuple):
+    """An option whose default depends on the device."""
+
+    name: str
+    kind: Callable[[str], Any]
+    cpu: Any
+    """Default without a GPU; a list: the option takes several."""
+    cuda: Any
+    help: str
+
+
+REPEATS = Option("repeats", int, 5, 20, "rounds, in which the candidates take turns")
+DTYPE = Option("dtype", str, "float32", "bfloat16", "float32, bfloat16 or (attention) float16")
+WINDOW = Option("window", int, 64, 512, "in tokens")
+SHAPE = [
+    Option("batch", int, 1, 1, "samples"),
+    Option("heads", int, 8, 32, "query heads"),
+    Option("groups", int, 2, 8, "KV heads"),
+    Option("head-size", int, 64, 128, "channels of a head"),
+    WINDOW,
+    Option("cr", float, [1.0, 4.0], [1.0, 4.0, 8.0], "compression ratios that decisions are drawn at"),
+]
+ATTENTION = [
+    *SHAPE,
+    Option("contexts", int, [512], [4096, 8192, 32768], "in tokens"),
+    Option(
+        "backends",
+        str,
+        ["dense", "flash", "flex"],
+        ["dense", "flash", "flex", "triton"],
+        "of DMS attention; without a GPU flex has no backward, and triton needs TRITON_INTERPRET=1",
+    ),
+    DTYPE,
+    REPEATS,
+]
+LOSS = [
+    Option("tokens", int, 256, 8192, "rows of logits"),
+    Option("columns", int, 151936, 151936, "size of the vocabulary"),
+    Option("hidden", int, 64, 4096, "hidden size, for the losses with output projection"),
+    Option("steps", int, 0, 200, "also run each loss so often and report what has grown; 0: do not"),
+    DTYPE,
+    REPEATS,
+]
+STEP = [
+    Option("model", str, "tiny", "llama-3.2-1b", "tiny or llama-3.2-1b"),
+    Option("contexts", int, [512], [4096], "in tokens"),
+    Option("batch", int, 1, 1, "samples of a step"),
+    Option("cr", float, 8.0, 8.0, "compression ratio of the decisions"),
+    WINDOW,
+    Option("backends", str, ["dense", "flash"], ["triton", "flash", "flex"], "of DMS attention"),
+    DTYPE,
+    REPEATS,
+]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,13 +132,173 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)"
     )
+    text = "DMS attention forward, and forward and backward, by back-end, context and compression ratio"
+    attention = commands.add_parser("attention", help=text, description=text)
+    _add(attention, ATTENTION)
+    attention.add_argument(
+        "--decisions",
+        type=Path,
+        metavar="DIR",
+        help="an exported DMS checkpoint, whose decisions over --text are used in place of drawn ones, with "
+        "its heads and window; times are means over its layers (runs the code of that folder)",
+    )
+    attention.add_argument("--text", type=Path, metavar="FILE", help="UTF-8, as long as the longest context")
+    text = "KL(teacher || student) with gradient, from logits and with the output projection"
+    _add(commands.add_parser("loss", help=text, description=text), LOSS)
+    text = "teacher, student, losses, backward and optimizer in one process"
+    step = commands.add_parser("step", help=text, description=text)
+    _add(step, STEP)
+    step.add_argument(
+        "--fuse-output-layer", action="store_true", help="in all rows; as --dms-fuse-output-layer in training"
+    )
     return parser
+
+
+def _add(parser: argparse.ArgumentParser, options: Sequence[Option]) -> None:
+    for option in options:
+        several = isinstance(option.cpu, list)
+        cpu, cuda = (" ".join(map(str, value)) if several else value for value in (option.cpu, option.cuda))
+        default = cpu if cpu == cuda else f"{cpu}, with CUDA {cuda}"
+        parser.add_argument(
+            f"--{option.name}",
+            type=option.kind,
+            nargs="+" if several else None,
+            metavar="NAME" if option.kind is str else "N",
+            help=f"{option.help} (default: {default})",
+        )
+
+
+def _fill(options: argparse.Namespace, defaults: Sequence[Option]) -> Any:
+    """Put in the defaults of this machine's device, and torch's type; -> the device."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for option in defaults:
+        name = option.name.replace("-", "_")
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(option, device.type))
+    names = ("float32", "bfloat16") + (("float16",) if options.command == "attention" else ())
+    if options.dtype not in names:
+        raise ValueError(f"--dtype is {options.dtype}, expected one of {', '.join(names)}")
+    options.dtype = getattr(torch, options.dtype)
+    return device
+
+
+def _attention(options: argparse.Namespace) -> None:
+    given = [option.name for option in SHAPE if getattr(options, option.name.replace("-", "_")) is not None]
+    if (options.decisions is None) != (options.text is None):
+        raise ValueError("--decisions and --text go together")
+    if options.decisions and given:
+        raise ValueError(f"--{given[0]} with --decisions: the checkpoint has its own; drop it")
+    device = _fill(options, ATTENTION)
+    from megatron_dms.benchmarks.attention import Shape, drawn, measure, of_checkpoint
+
+    if options.decisions:
+        shape, found = of_checkpoint(options.decisions, options.text, options.contexts, device)
+        decisions = {T: [of_context] for T, of_context in found.items()}
+    else:
+        shape = Shape(options.batch, options.heads, options.groups, options.head_size, options.window)
+        decisions = {T: [drawn(cr, shape, T, device) for cr in options.cr] for T in options.contexts}
+    rows = measure(shape, decisions, options.backends, options.dtype, options.repeats, device, say)
+    B, H, G, D, window = shape
+    print(
+        f"{rows[0].device}; {rows[0].dtype}, batch {B}, {H} query heads, {G} KV heads, head size {D}, window "
+        f"{window}; {options.repeats} rounds"
+    )
+    columns = {
+        "context": lambda row: row.T,
+        "step": lambda row: row.step,
+        "attention": lambda row: row.attention,
+        "CR": lambda row: "-" if row.cr is None else f"{row.cr:.2f}",
+        **TIMES,
+        "TFLOP/s": lambda row: _number(row.tflops, ".3g"),
+        "x causal": lambda row: _number(row.to_causal, ".2f"),
+        "x flex": lambda row: "-" if row.cr is None else _number(row.to_flex, ".2f"),
+        **MEMORY,
+    }
+    _print(rows, columns)
+
+
+def _loss(options: argparse.Namespace) -> None:
+    device = _fill(options, LOSS)
+    from megatron_dms.benchmarks.loss import measure
+
+    sizes = (options.tokens, options.columns, options.hidden)
+    rows = measure(*sizes, options.dtype, options.repeats, options.steps, device, say)
+    print(
+        f"{rows[0].device}; {rows[0].dtype}, {options.tokens} tokens, {options.columns} columns, hidden size "
+        f"{options.hidden}; {options.repeats} rounds"
+    )
+    columns = {
+        "loss": lambda row: row.loss,
+        **TIMES,
+        "x modelopt": lambda row: _number(row.to_modelopt, ".2f"),
+        "peak, % of logits": lambda row: _number(row.peak_percent, ".1f"),
+    }
+    if options.steps:
+        columns |= {
+            f"MB grown in {options.steps}": lambda row: _number(row.growth_bytes, ".1f", 1e-6),
+            "peak": lambda row: _number(row.peak_growth_bytes, ".1f", 1e-6),
+        }
+    _print(rows, columns | MEMORY)
+
+
+def _step(options: argparse.Namespace) -> None:
+    device = _fill(options, STEP)
+    if device.type == "cpu":
+        from megatron_dms.platform import cpu
+
+        cpu.install()
+    from megatron_dms.benchmarks.step import measure
+
+    rows = measure(
+        options.model, options.contexts, options.batch, options.cr, options.window, options.backends,
+        options.fuse_output_layer, options.dtype, options.repeats, device, say,
+    )  # fmt: skip
+    print(
+        f"{rows[0].device}; {options.model}, {rows[0].dtype}, batch {options.batch}, window "
+        f"{options.window}; {options.repeats} rounds"
+    )
+    columns = {
+        "context": lambda row: row.T,
+        "attention": lambda row: row.attention,
+        "CR": lambda row: "-" if row.cr is None else f"{row.cr:.2f}",
+        **TIMES,
+        "x SDPA": lambda row: _number(row.to_sdpa, ".2f"),
+        "x Megatron's": lambda row: _number(row.to_megatron, ".2f"),
+        **MEMORY,
+    }
+    _print(rows, columns)
+
+
+def _number(value: float | None, form: str, factor: float = 1) -> str:
+    return NOT_MEASURED if value is None else format(value * factor, form)
+
+
+TIMES = {
+    "ms": lambda row: _number(row.ms, ".2f"),
+    "quartiles": lambda row: NOT_MEASURED if row.ms is None else f"{row.low_ms:.2f} {row.high_ms:.2f}",
+}
+MEMORY = {
+    "peak MB": lambda row: _number(row.peak_bytes, ".1f", 1e-6),
+    "": lambda row: row.note or "",
+}
+
+
+def _print(rows: Sequence[Any], columns: dict[str, Callable[[Any], object]]) -> None:
+    """A table, and then a line of JSON for each row."""
+    lines = [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join([*map(str.rjust, line[:-1], widths), line[-1]]).rstrip())
+    for row in rows:
+        print(json.dumps(asdict(row)))
 
 
 def _decode(options: argparse.Namespace) -> None:
     import torch
 
-    from megatron_dms.hf.decode_benchmark import measure
+    from megatron_dms.benchmarks.decode import measure
 
     dtype = getattr(torch, options.dtype)
     rows = measure(options.shape, options.contexts, options.batch, options.cr, options.steps, dtype, say)
@@ -92,7 +317,7 @@ def _decode(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from megatron_dms.checkpoint import benchmark  # late: --help needs no torch
+    from megatron_dms.benchmarks import convert as benchmark  # late: --help needs no torch
 
     size, found = benchmark.run(options.folder, options.gigabytes, options.repeats, say)
     print(f"{size / 1e9:.2f} GB, medians of {options.repeats}; start: Python, torch, and its own imports")
@@ -106,11 +331,14 @@ def _convert(options: argparse.Namespace) -> None:
     print(json.dumps({"bytes": size, **rows}))
 
 
+COMMANDS = {"convert": _convert, "decode": _decode, "attention": _attention, "loss": _loss, "step": _step}
+
+
 def main() -> int:
     """Run one command; the return value is the exit status."""
     options = _parser().parse_args()
     try:
-        {"convert": _convert, "decode": _decode}[options.command](options)
+        COMMANDS[options.command](options)
     except (ValueError, OSError) as error:  # CheckpointError is a ValueError
         return say_error(error)
     except KeyboardInterrupt:

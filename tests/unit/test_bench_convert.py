@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_dms.checkpoint import benchmark
+from megatron_dms.benchmarks import convert as benchmark
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench.py"
 

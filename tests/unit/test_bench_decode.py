@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dms.hf.decode_benchmark import WINDOW, measure
+from megatron_dms.benchmarks.decode import WINDOW, measure
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench.py"
 

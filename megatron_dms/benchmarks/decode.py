@@ -2,7 +2,7 @@
 
 Models of real shapes with random weights; caches are filled with random pairs, of which each KV head keeps as
 many as the compression ratio says, so no prompt has to be computed. Weights and decisions have no meaning,
-times and bytes do. (This file is not copied into exports.)
+times and bytes do.
 """
 
 import time
