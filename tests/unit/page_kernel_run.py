@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from page_cases import CASES, FULL, GROWN_CASES, grown, make_inputs
 from sm90 import NAMES, compile_for_sm90
+from triton_process import hide_nothing
 
 from megatron_dms.hf import page_kernel_dms as kernel
 
@@ -27,13 +28,8 @@ COMPILED = [  # R, S, D, type; small, usual and largest tiles
 
 
 def interpret(out: Path) -> None:
-    """Outputs per case, and what a NaN in a valid pair and too large a fill give.
-
-    torch.empty gives NaN here, so that what no program has written cannot be read unnoticed.
-    """
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    """Outputs per case, and what a NaN in a valid pair and too large a fill give."""
+    hide_nothing()
     results = {}
     for case in CASES:
         inputs = make_inputs(case)

@@ -6,9 +6,6 @@ The Triton kernels run in Triton's interpreter, and are compiled for sm_90, in p
 
 import json
 import math
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from attention_cases import CASES, FP32, PARTS, Case, compare, expected, make_in
 from attention_run import COMPILED, TWICE
 from sm90 import NAMES
 from torch import Tensor
+from triton_process import run
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.kernels import BACKENDS, attention_backend, backend_name
@@ -27,25 +25,16 @@ from megatron_dms.ops.attention import dms_attention
 RUN = Path(__file__).with_name("attention_run.py")
 
 
-def run(what: str, out: Path, **settings: str) -> Path:
-    """attention_run.py in a fresh process, with an empty cache of compiled kernels."""
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    keep |= {"TRITON_CACHE_DIR": str(out.parent / "triton"), "OMP_NUM_THREADS": "1"} | settings
-    keep["PYTHONPATH"] = str(RUN.parents[2])
-    command = [sys.executable, str(RUN), what, str(out)]
-    done = subprocess.run(command, env=keep, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    return torch.load(run("interpret", tmp_path_factory.mktemp("run") / "out.pt", TRITON_INTERPRET="1"))
+    return torch.load(
+        run(RUN, "interpret", out=tmp_path_factory.mktemp("run") / "out.pt", TRITON_INTERPRET="1")
+    )
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return json.loads(run("compile", tmp_path_factory.mktemp("compiled") / "out.json").read_text())
+    return json.loads(run(RUN, "compile", out=tmp_path_factory.mktemp("compiled") / "out.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,8 +3,6 @@
 Their Triton kernels run in Triton's interpreter, in a process of its own, as triton must be imported for it.
 """
 
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from kl_cases import CASES, FP64, PLAIN, Case, compare, expected, make_logits
+from triton_process import hide_nothing, run
 
 from megatron_dms.kernels import kl, linear_kl
 from megatron_dms.kernels.kl import distillation_kl
@@ -43,22 +42,14 @@ def test_kl(case: Case, direction: str, small_chunks: None) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("interpreted") / "out.pt"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    command = [sys.executable, __file__, str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+    return torch.load(run(Path(__file__), out=out, TRITON_INTERPRET="1"))
 
 
 def interpret(out: Path) -> None:
-    """Every case through the Triton kernels; torch.empty gives NaN, so that nothing unwritten passes."""
+    """Every case through the Triton kernels."""
     from megatron_dms.kernels import kl_rows
 
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    hide_nothing()
     kl_rows.BLOCK = 64
     found = {}
     for case in CASES:

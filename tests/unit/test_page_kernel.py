@@ -6,8 +6,6 @@ it, and constraints.txt pins it.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,32 +15,22 @@ from page_cases import CASES, FULL, GROWN_CASES, Case, make_inputs, reference, t
 from page_kernel_run import COMPILED
 from sm90 import NAMES
 from transformers.dynamic_module_utils import get_imports
+from triton_process import run
 
 from megatron_dms.hf import page_kernel_dms
 
 RUN = Path(__file__).with_name("page_kernel_run.py")
 
 
-def run(what: str, out: Path, **settings: str) -> Path:
-    """page_kernel_run.py in a fresh process, with an empty cache of compiled kernels."""
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    keep |= {"TRITON_CACHE_DIR": str(out.parent / "triton"), "OMP_NUM_THREADS": "1"} | settings
-    keep["PYTHONPATH"] = str(RUN.parents[2])
-    command = [sys.executable, str(RUN), what, str(out)]
-    done = subprocess.run(command, env=keep, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return out
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("interpreted")
-    return torch.load(run("interpret", folder / "out.pt", TRITON_INTERPRET="1"))
+    return torch.load(run(RUN, "interpret", out=folder / "out.pt", TRITON_INTERPRET="1"))
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    return json.loads(run("compile", tmp_path_factory.mktemp("compiled") / "out.json").read_text())
+    return json.loads(run(RUN, "compile", out=tmp_path_factory.mktemp("compiled") / "out.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,0 +1,29 @@
+"""Processes of their own for what needs triton imported under other settings: the interpreter, or a compiler
+whose cache is empty."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: Path, *words: str, out: Path, **settings: str) -> Path:
+    """`python script *words out`, with these environment variables and no others of Triton's."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    keep |= {"TRITON_CACHE_DIR": str(out.parent / "triton"), "OMP_NUM_THREADS": "1"} | settings
+    keep["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(script), *words, str(out)]
+    done = subprocess.run(command, env=keep, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def hide_nothing() -> None:
+    """In such a process: torch.empty gives NaN, so that nothing unwritten can be read unnoticed."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
