@@ -99,9 +99,7 @@ class _FlashAttention(Function):
             dq[:, :, latest] += far_dq[..., :D]
             dk[:, :, :old] += far_dk[..., :D]
             dv[:, :, :old] += far_dv[..., :D]
-            dlog_keep[..., :old] = (
-                far_dk[..., D] / ctx.scale
-            )  # every one of the bias's channels has this gradient
+            dlog_keep[..., :old] = far_dk[..., D] / ctx.scale  # the same in each of the bias's channels
         return dq, dk, dv, dlog_keep, None, None
 
 

@@ -36,9 +36,8 @@ def distillation_kl(
     Where a gradient is wanted, THE TEACHER'S LOGITS ARE OVERWRITTEN, and the loss can be differentiated once.
 
     Args:
-        student, teacher: logits [..., V] of one type, contiguous. (In fp16 the gradient is rounded before a
-        loss
-            scale reaches it: small entries are lost.)
+        student, teacher: logits [..., V] of one type, contiguous. In fp16 the gradient is rounded before a
+            loss scale reaches it: small entries are lost.
         direction: one of DIRECTIONS.
         columns: how many of the V belong to the vocabulary; the others (padding) are read nowhere and get the
             gradient 0. None: all.

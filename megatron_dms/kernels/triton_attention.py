@@ -73,9 +73,7 @@ def triton_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = min(window, q.shape[2])  # positions plus window must be a number of 32 bits
-    with torch.cuda.device_of(
-        q
-    ):  # Triton launches on the current device (autograd sees to it in the backward)
+    with torch.cuda.device_of(q):  # where Triton launches; in the backward autograd sees to it
         return _TritonAttention.apply(q, k, v, log_keep.contiguous(), window, scale, threshold)
 
 

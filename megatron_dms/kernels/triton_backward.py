@@ -13,7 +13,7 @@ Shapes: M queries and N keys of a block, T tokens, D head size, DP the power of 
 import triton
 import triton.language as tl
 
-from megatron_dms.kernels.triton_forward import load_rows
+from megatron_dms.kernels.triton_forward import hide_recent, kept_block, load_rows, recent_block
 
 
 @triton.jit
@@ -88,13 +88,9 @@ def query_gradients(
     k_base = k_ptr + b * stride_kb + g * stride_kg
     v_base = v_ptr + b * stride_vb + g * stride_vg
     for start_n in range(tl.maximum(start_m - window, 0) // N * N, end_m, N):
-        far = tl.cast(start_n, tl.int64)
-        k_ND = load_rows(k_base + far * stride_kt, n_N, stride_kt, T - start_n, D, DP, DOT)
-        v_ND = load_rows(v_base + far * stride_vt, n_N, stride_vt, T - start_n, D, DP, DOT)
-        age_MN = m_M[:, None] - (start_n + n_N)[None, :]
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
-        readable_MN = (age_MN >= 0) & (age_MN <= window) & exists_M[:, None]
-        score_MN = tl.where(readable_MN, score_MN, float("-inf"))
+        k_ND, v_ND, score_MN = recent_block(
+            q_MD, m_M, k_base, v_base, start_n, n_N, stride_kt, stride_vt, T, window, scale, D, DP, DOT
+        )
         dq_MD = add_to_query(score_MN, lse_M, delta_M, grad_MD, k_ND, v_ND, dq_MD, q_ptr.dtype.element_ty)
 
     head = (b * G + g) * T
@@ -103,23 +99,17 @@ def query_gradients(
     for_some = tl.load(before + tl.maximum(end_m - 1 - window, 0))
     kept_k = kept_k_ptr + head * D
     kept_v = kept_v_ptr + head * D
+    kept_bias = bias_ptr + head
     for start_n in range(0, for_all, N):
-        far = tl.cast(start_n, tl.int64)
-        k_ND = load_rows(kept_k + far * D, n_N, D, T - start_n, D, DP, DOT)
-        v_ND = load_rows(kept_v + far * D, n_N, D, T - start_n, D, DP, DOT)
-        bias_N = tl.load(bias_ptr + head + start_n + n_N)
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale + bias_N[None, :]
+        k_ND, v_ND, score_MN = kept_block(
+            q_MD, kept_k, kept_v, kept_bias, start_n, n_N, for_all, scale, D, DP, DOT
+        )
         dq_MD = add_to_query(score_MN, lse_M, delta_M, grad_MD, k_ND, v_ND, dq_MD, q_ptr.dtype.element_ty)
     for start_n in range(for_all, for_some, N):
-        far = tl.cast(start_n, tl.int64)
-        k_ND = load_rows(kept_k + far * D, n_N, D, for_some - start_n, D, DP, DOT)
-        v_ND = load_rows(kept_v + far * D, n_N, D, for_some - start_n, D, DP, DOT)
-        exists_N = start_n + n_N < for_some
-        bias_N = tl.load(bias_ptr + head + start_n + n_N, mask=exists_N, other=0.0)
-        position_N = tl.load(position_ptr + head + start_n + n_N, mask=exists_N, other=0)
-        readable_MN = exists_N[None, :] & (m_M[:, None] - position_N[None, :] > window) & exists_M[:, None]
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale + bias_N[None, :]
-        score_MN = tl.where(readable_MN, score_MN, float("-inf"))
+        k_ND, v_ND, score_MN = kept_block(
+            q_MD, kept_k, kept_v, kept_bias, start_n, n_N, for_some, scale, D, DP, DOT
+        )
+        score_MN = hide_recent(score_MN, m_M, position_ptr + head, start_n, n_N, for_some, window)
         dq_MD = add_to_query(score_MN, lse_M, delta_M, grad_MD, k_ND, v_ND, dq_MD, q_ptr.dtype.element_ty)
 
     d = tl.arange(0, DP)

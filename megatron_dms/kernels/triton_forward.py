@@ -39,6 +39,42 @@ def absorb(score_MN, v_ND, out_MD, total_M, peak_M, VALUE: tl.constexpr):
 
 
 @triton.jit
+def recent_block(
+    q_MD, m_M, k_base, v_base, start_n, n_N, stride_kt, stride_vt, T, window, scale,
+    D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and scores of a block of keys as they lie; -inf where a key is not in a query's window."""
+    far = tl.cast(start_n, tl.int64)
+    k_ND = load_rows(k_base + far * stride_kt, n_N, stride_kt, T - start_n, D, DP, DOT)
+    v_ND = load_rows(v_base + far * stride_vt, n_N, stride_vt, T - start_n, D, DP, DOT)
+    age_MN = m_M[:, None] - (start_n + n_N)[None, :]
+    score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
+    return k_ND, v_ND, tl.where((age_MN >= 0) & (age_MN <= window), score_MN, float("-inf"))
+
+
+@triton.jit
+def kept_block(
+    q_MD, kept_k, kept_v, kept_bias, start_n, n_N, end, scale,
+    D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Keys, values and scores of a block of survivors, of which those before `end` exist."""
+    far = tl.cast(start_n, tl.int64)
+    k_ND = load_rows(kept_k + far * D, n_N, D, end - start_n, D, DP, DOT)
+    v_ND = load_rows(kept_v + far * D, n_N, D, end - start_n, D, DP, DOT)
+    bias_N = tl.load(kept_bias + start_n + n_N, mask=start_n + n_N < end, other=0.0)
+    return k_ND, v_ND, tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale + bias_N[None, :]
+
+
+@triton.jit
+def hide_recent(score_MN, m_M, positions, start_n, n_N, end, window):
+    """Leave the scores of survivors that exist and are older than a query's window."""
+    exists_N = start_n + n_N < end
+    position_N = tl.load(positions + start_n + n_N, mask=exists_N, other=0)
+    readable_MN = exists_N[None, :] & (m_M[:, None] - position_N[None, :] > window)
+    return tl.where(readable_MN, score_MN, float("-inf"))
+
+
+@triton.jit
 def attend_queries(
     q_ptr, k_ptr, v_ptr, kept_k_ptr, kept_v_ptr, position_ptr, bias_ptr, before_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt,
@@ -76,12 +112,9 @@ def attend_queries(
     k_base = k_ptr + b * stride_kb + g * stride_kg
     v_base = v_ptr + b * stride_vb + g * stride_vg
     for start_n in range(tl.maximum(start_m - window, 0) // N * N, end_m, N):
-        far = tl.cast(start_n, tl.int64)
-        k_ND = load_rows(k_base + far * stride_kt, n_N, stride_kt, T - start_n, D, DP, DOT)
-        v_ND = load_rows(v_base + far * stride_vt, n_N, stride_vt, T - start_n, D, DP, DOT)
-        age_MN = m_M[:, None] - (start_n + n_N)[None, :]
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
-        score_MN = tl.where((age_MN >= 0) & (age_MN <= window), score_MN, float("-inf"))
+        k_ND, v_ND, score_MN = recent_block(
+            q_MD, m_M, k_base, v_base, start_n, n_N, stride_kt, stride_vt, T, window, scale, D, DP, DOT
+        )
         out_MD, total_M, peak_M = absorb(score_MN, v_ND, out_MD, total_M, peak_M, v_ptr.dtype.element_ty)
 
     # Survivors older than every query's window need no mask; the last few are older than some only.
@@ -91,23 +124,17 @@ def attend_queries(
     for_some = tl.load(before + tl.maximum(end_m - 1 - window, 0))
     kept_k = kept_k_ptr + head * D
     kept_v = kept_v_ptr + head * D
+    kept_bias = bias_ptr + head
     for start_n in range(0, for_all, N):
-        far = tl.cast(start_n, tl.int64)
-        k_ND = load_rows(kept_k + far * D, n_N, D, T - start_n, D, DP, DOT)
-        v_ND = load_rows(kept_v + far * D, n_N, D, T - start_n, D, DP, DOT)
-        bias_N = tl.load(bias_ptr + head + start_n + n_N)
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale + bias_N[None, :]
+        k_ND, v_ND, score_MN = kept_block(
+            q_MD, kept_k, kept_v, kept_bias, start_n, n_N, for_all, scale, D, DP, DOT
+        )
         out_MD, total_M, peak_M = absorb(score_MN, v_ND, out_MD, total_M, peak_M, v_ptr.dtype.element_ty)
     for start_n in range(for_all, for_some, N):
-        far = tl.cast(start_n, tl.int64)
-        k_ND = load_rows(kept_k + far * D, n_N, D, for_some - start_n, D, DP, DOT)
-        v_ND = load_rows(kept_v + far * D, n_N, D, for_some - start_n, D, DP, DOT)
-        exists_N = start_n + n_N < for_some
-        bias_N = tl.load(bias_ptr + head + start_n + n_N, mask=exists_N, other=0.0)
-        position_N = tl.load(position_ptr + head + start_n + n_N, mask=exists_N, other=0)
-        readable_MN = exists_N[None, :] & (m_M[:, None] - position_N[None, :] > window)
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale + bias_N[None, :]
-        score_MN = tl.where(readable_MN, score_MN, float("-inf"))
+        k_ND, v_ND, score_MN = kept_block(
+            q_MD, kept_k, kept_v, kept_bias, start_n, n_N, for_some, scale, D, DP, DOT
+        )
+        score_MN = hide_recent(score_MN, m_M, position_ptr + head, start_n, n_N, for_some, window)
         out_MD, total_M, peak_M = absorb(score_MN, v_ND, out_MD, total_M, peak_M, v_ptr.dtype.element_ty)
 
     exists_M = m_M < T
