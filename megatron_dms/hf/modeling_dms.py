@@ -135,7 +135,8 @@ class DMSForCausalLM:
         if cache is not None:
             cache.refuse_other_batch(B)
         past = 0 if cache is None else cache.get_seq_length()
-        real_BT = _real_tokens(inputs.get("attention_mask"), B, T, past, tokens.device)
+        mask = inputs.get("attention_mask")
+        real_BT = _real_tokens(mask, B, T, past, tokens.device)
         refuse_packed(inputs.get("position_ids"), real_BT, T)
         if past + T > self.max_positions:  # columns: only now does it matter how many of them are padding
             refuse_positions(self.max_positions, cache, T, real_BT)
@@ -144,8 +145,8 @@ class DMSForCausalLM:
             new = NewTokens.place(torch.zeros(B, dtype=torch.int64, device=tokens.device), T, real_BT)
         else:
             meter = cache.meter
-            if past:
-                refuse_hidden_past(inputs.get("attention_mask"), past, cache.seen_B)
+            if past and mask is not None:
+                refuse_hidden_past(mask, past, cache.seen_B)
             new = cache.place(B, T, real_BT, tokens.device)
         meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
         self._dms_meter = meter

@@ -117,9 +117,9 @@ def refuse_foreign_cache(model, cache: DMSCache) -> None:
         raise ValueError(f"this DMS cache has ({names}) = {found}, the model needs {expected}")
 
 
-def refuse_hidden_past(mask: Tensor | None, past: int, seen_B: Tensor) -> None:
+def refuse_hidden_past(mask: Tensor, past: int, seen_B: Tensor) -> None:
     """What the cache has taken in as real tokens can no longer be declared padding."""
-    if mask is not None and not torch.equal(mask[:, :past].sum(dim=1).to(seen_B), seen_B):
+    if not torch.equal(mask[:, :past].sum(dim=1).to(seen_B), seen_B):
         raise ValueError(
             "attention_mask hides tokens that the cache has taken in, such as those fed to a sequence that "
             "had ended before the others of its batch; they may have evicted pairs already. Continue such a "
