@@ -47,7 +47,7 @@ class Workspace:
         """The command line of one run."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         return [
-            *(*launcher, "--master-port", str(_free_port()), str(ROOT / "pretrain_dms.py"), *FLAGS),
+            *(*launcher, "--master-port", str(free_port()), str(ROOT / "pretrain_dms.py"), *FLAGS),
             *("--train-data-path", str(self.data)),
             *_defaults("--pretrained-checkpoint", str(self.base), flags),
             *_defaults("--dms-teacher", str(self.base), flags),
@@ -81,7 +81,7 @@ def _defaults(flag: str, value: str, given: tuple[str, ...]) -> list[str]:
     return [] if flag in given or f"no{flag}" in given else [flag, value]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,0 +1,182 @@
+"""What one node can check alone: devices, disk, checkpoints, data, layout; and the facts to compare."""
+
+import argparse
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megatron_dms.checkpoint import CheckpointError
+from megatron_dms.launch.findings import Finding
+from megatron_dms.training.checks import StartupError
+from megatron_dms.training.token_files import DataError, check_pair, loss_mask_prefix
+
+ROOT = Path(__file__).resolve().parents[2]
+GB = 1e9
+_PACKAGES = ("torch", "megatron-core", "transformers", "nvidia-modelopt", "transformer-engine")
+_DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
+
+
+def training_flags(words: Sequence[str]) -> Namespace:
+    """Those of pretrain_dms.py's flags that say where files are and how ranks are laid out; it checks the
+    others itself.
+
+    Raises:
+        ValueError: a size that is no whole number.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    for flag in ("--save", "--load", "--load-hf", "--pretrained-checkpoint", "--dms-teacher"):
+        parser.add_argument(flag)
+    for flag in _DATA_FLAGS:
+        parser.add_argument(flag, nargs="*", default=[])
+    for kind in ("tensor-model", "pipeline-model", "context"):
+        parser.add_argument(f"--{kind}-parallel-size", type=int, default=1)
+    for flag in ("--micro-batch-size", "--global-batch-size", "--ckpt-step"):
+        parser.add_argument(flag, type=int)
+    parser.add_argument("--finetune", action="store_true")
+    try:
+        return parser.parse_known_args(words)[0]
+    except argparse.ArgumentError as error:
+        raise ValueError(f"training flags: {error}") from error
+
+
+def check_gpus(device: str, expected: int) -> Finding:
+    """As many CUDA devices as processes. On the CPU there is nothing to count."""
+    import torch
+
+    if device == "cpu":
+        return Finding("gpus", True, "cpu", "cpu")
+    found = torch.cuda.device_count()
+    fix = f"look at nvidia-smi on this node and exclude it, or set GPUS_PER_NODE={found}"
+    return Finding("gpus", found == expected, f"{found} GPUs", f"{expected}", fix)
+
+
+def check_disk(save: str | None, minimum_gb: float) -> Finding:
+    """The folder of --save, or the nearest one above it, takes a file and has room."""
+    if save is None:
+        return Finding("disk", False, "no --save", "--save DIR", "add --save DIR to TRAIN_ARGS")
+    folder = Path(save).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight_"):
+            free = shutil.disk_usage(folder).free / GB
+    except OSError as error:
+        found = f"{folder} cannot be written ({error.strerror})"
+        fix = "mount it on this node, or mend its permissions"
+        return Finding("disk", False, found, "a folder to write to", fix)
+    fix = "delete old checkpoints, choose another --save, or lower MIN_FREE_GB"
+    return Finding("disk", free >= minimum_gb, f"{free:.0f} GB free at {folder}", f"{minimum_gb:g} GB", fix)
+
+
+def check_checkpoints(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
+    """What the run starts from and its teacher: opened as the run will open them, and each file read at its
+    end. The second value: a digest of names and sizes for each."""
+    from megatron_dms.training.startup import starting_point
+    from megatron_dms.training.weights import open_weights
+
+    sources = {"start": lambda: starting_point(flags)[0]}
+    if flags.dms_teacher not in (None, "self"):
+        sources["teacher"] = lambda: open_weights(flags.dms_teacher)
+    findings, facts = [], {}
+    for name, opened in sources.items():
+        try:
+            weights = opened()
+            folder = getattr(weights, "iteration_folder", weights.folder)
+            facts[name] = _digest(folder, (path for path in folder.rglob("*") if path.is_file()))
+            findings.append(Finding("checkpoint", True, str(folder)))
+        except (CheckpointError, StartupError, OSError) as error:
+            findings.append(Finding("checkpoint", False, f"{name}: {error}", "a readable checkpoint",
+                                    "mount or copy it on this node, or mend the flag"))  # fmt: skip
+    return findings, facts
+
+
+def check_data(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
+    """Token files and loss masks, by the check the run itself makes. The second value as above."""
+    findings, facts = [], {}
+    prefixes = [prefix for flag in _DATA_FLAGS for prefix in getattr(flags, flag[2:].replace("-", "_"))]
+    if not prefixes:
+        return [Finding("data", False, "no data", "--train-data-path PREFIX", "add it to TRAIN_ARGS")], {}
+    for prefix in dict.fromkeys(prefixes):
+        try:
+            check_pair(prefix)
+            stems = (prefix, loss_mask_prefix(prefix))
+            files = [Path(stem + ending) for stem in stems for ending in (".bin", ".idx")]
+            facts[prefix] = _digest(Path(prefix).parent, files)
+            findings.append(Finding("data", True, prefix))
+        except (DataError, OSError) as error:
+            findings.append(Finding("data", False, str(error), f"{prefix}.bin and its three companions",
+                                    "mount or copy them on this node, or mend the flag"))  # fmt: skip
+    return findings, facts
+
+
+def check_layout(flags: Namespace, world: int) -> list[Finding]:
+    """World size against TP x PP x CP, and the global batch against the data parallel size that is left."""
+    tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
+    cp = flags.context_parallel_size
+    one = tp * pp * cp
+    text = f"TP {tp} x PP {pp} x CP {cp} = {one}"
+    if min(tp, pp, cp) < 1 or world % one:
+        fix = f"make NODES x GPUS_PER_NODE a multiple of {one}, or choose sizes whose product divides {world}"
+        return [Finding("layout", False, f"{world} processes", f"a multiple of {text}", fix)]
+    findings = [Finding("layout", True, f"{world} processes, {text}")]
+    micro, batch = flags.micro_batch_size, flags.global_batch_size
+    if micro and batch and batch % (micro * (world // one)):
+        step = micro * (world // one)
+        nearest = max(step, round(batch / step) * step)
+        expected = f"a multiple of micro batch {micro} x data parallel {world // one} = {step}"
+        findings.append(Finding("layout", False, f"--global-batch-size {batch}", expected,
+                                f"use --global-batch-size {nearest}"))  # fmt: skip
+    return findings
+
+
+def versions(device: str) -> dict[str, str]:
+    """Versions that must be the same everywhere, and which source runs."""
+    found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+    if device == "cuda":
+        import torch
+
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    source = [ROOT / "pretrain_dms.py", *(ROOT / "megatron_dms").rglob("*.py")]
+    content = hashlib.sha256()
+    for path in sorted(source):
+        content.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    found["megatron_dms"] = f"commit {_commit()}, source {content.hexdigest()[:12]}"
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _commit() -> str:
+    """The clone's commit; "unknown" where there is no git or no clone, as in some containers."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _digest(folder: Path, files: Iterable[Path]) -> str:
+    """Names and sizes, each file read at its end. Raises OSError, which names the file."""
+    content = hashlib.sha256()
+    total = 0
+    for path in sorted(files):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            file.read(1)
+        total += size
+        content.update(f"{path.relative_to(folder)} {size}\n".encode())
+    return f"{total} bytes, names and sizes {content.hexdigest()[:12]}"
