@@ -1,0 +1,148 @@
+"""Sizes of models, of presets or of a config.json, and how many parameters they have."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PAD_VOCABULARY_TO = 128
+"""Megatron's --make-vocab-size-divisible-by; times TP."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A dense decoder: RMSNorm, grouped queries, gated SiLU.
+
+    context, batch: what the authors of DMS trained it with (tokens, samples); None where they did not.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_size: int
+    vocab: int
+    positions: int
+    tied: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    context: int | None = None
+    batch: int | None = None
+
+    @property
+    def q(self) -> int:
+        """Channels of all query heads."""
+        return self.heads * self.head_size
+
+    @property
+    def kv(self) -> int:
+        """Channels of all keys (or values)."""
+        return self.groups * self.head_size
+
+    @property
+    def layer_matmul(self) -> int:
+        """Elements of a layer's matrices: what a token is multiplied with."""
+        return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.ffn)
+
+    @property
+    def pair_bytes(self) -> int:
+        """Of one token's keys and values in all layers and KV heads, in a 2-byte type."""
+        return 2 * 2 * self.layers * self.kv
+
+    def padded_vocab(self, tp: int) -> int:
+        """Rows of the embedding in Megatron at this tensor-parallel size."""
+        multiple = PAD_VOCABULARY_TO * tp
+        return -(-self.vocab // multiple) * multiple
+
+    def layer_parameters(self, tp: int = 1) -> int:
+        """Of one layer on one tensor-parallel rank, without a predictor: matrices and biases are divided,
+        norms are not."""
+        divided = self.layer_matmul + (self.q + 2 * self.kv if self.qkv_bias else 0)
+        return divided // tp + 2 * self.hidden + (2 * self.head_size if self.qk_norm else 0)
+
+    def predictor_parameters(self, tp: int = 1) -> int:
+        """Of one layer's linear predictor on one tensor-parallel rank (DMS.md: G x hidden + hidden, and a
+        bias where the model's attention has one). A borrowed channel has none."""
+        divided = self.groups * self.hidden + (self.groups if self.qkv_bias else 0)
+        return divided // tp + self.hidden
+
+    def parameters(self) -> int:
+        """Of the whole model as its checkpoint has it: no padding, no predictor."""
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters() + embeddings + self.hidden
+
+    def stage_parameters(self, tp: int, pp: int, stage: int, predictor: bool = False) -> int:
+        """On one rank of a pipeline stage (0 = first) in Megatron.
+
+        The first stage holds the embedding, the last one the final norm and the output layer: its own, or,
+        where they are tied and the stage is another one, a copy of the embedding.
+        """
+        table = self.padded_vocab(tp) * self.hidden // tp
+        layer = self.layer_parameters(tp) + (self.predictor_parameters(tp) if predictor else 0)
+        count = self.layers // pp * layer
+        if stage == 0:
+            count += table
+        if stage == pp - 1:
+            count += self.hidden + (0 if self.tied and pp == 1 else table)
+        return count
+
+
+_QWEN = {"qkv_bias": True, "positions": 131072, "context": 8192, "batch": 1024}
+PRESETS: Mapping[str, ModelSize] = {
+    size.name: size
+    for size in (
+        ModelSize(
+            "llama-3.2-1b", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True, context=4096, batch=1024
+        ),
+        ModelSize("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000, 4096, context=4096, batch=1024),
+        ModelSize("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, 131072, context=8192, batch=1024),
+        ModelSize("qwen-r1-1.5b", 28, 1536, 8960, 12, 2, 128, 151936, **_QWEN),
+        ModelSize("qwen-r1-7b", 28, 3584, 18944, 28, 4, 128, 152064, **_QWEN),
+        ModelSize("qwen-r1-32b", 64, 5120, 27648, 40, 8, 128, 152064, **_QWEN),
+        ModelSize(
+            "qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936, 40960, qk_norm=True, context=32768, batch=256
+        ),
+    )
+}
+"""Sizes of the public config.json files; context and batch of the paper's Table of settings (DMS.md, 5)."""
+
+
+def preset(name: str) -> ModelSize:
+    """Raises ValueError for an unknown name."""
+    if name not in PRESETS:
+        raise ValueError(f"model is {name!r}, expected one of {', '.join(PRESETS)}, or --hf DIR")
+    return PRESETS[name]
+
+
+def of_folder(folder: Path) -> ModelSize:
+    """The model of a HF folder's config.json, read and checked as a conversion does (imports torch).
+
+    Raises:
+        ValueError: no such file, or a model that this project does not know; one line.
+    """
+    from megatron_dms.checkpoint.families import read_model
+
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; expected a HF folder") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, expected an object")
+    found = read_model(config)
+    return ModelSize(
+        folder.resolve().name,
+        found.layers,
+        found.hidden,
+        found.ffn,
+        found.heads,
+        found.groups,
+        found.head_size,
+        found.vocab,
+        found.positions,
+        tied=found.tied,
+        qkv_bias=found.family.qkv_bias,
+        qk_norm=found.family.qk_norm,
+    )

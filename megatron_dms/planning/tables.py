@@ -1,0 +1,144 @@
+"""Text for people: tables, and the numbers that a prediction used."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+
+from megatron_dms.planning.calibration import Compared, TrainingError, fitted_slowdown
+from megatron_dms.planning.devices import Assumptions, Device
+from megatron_dms.planning.memory import Memory
+from megatron_dms.planning.search import Plan
+from megatron_dms.planning.serving import Fit
+from megatron_dms.planning.step_time import StepTime
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Columns under each other; the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    )
+
+
+def numbers_used(device: Device, assumed: Assumptions, memory: float) -> str:
+    """Of the device and of what is assumed; memory: bytes that may be filled."""
+    return (
+        f"numbers used: {device.name}: {device.flops / 1e12:g} TFLOP/s bf16, {memory / 1e9:g} GB at "
+        f"{device.bandwidth / 1e12:g} TB/s, {device.per_node} in a node at {device.node_link / 1e9:g} GB/s, "
+        f"network {device.network / 1e9:g} GB/s (each direction)\n"
+        f"  reached: matmul {assumed.matmul:g}, attention {assumed.attention:g}, memory {assumed.memory:g}, "
+        f"links {assumed.network:g}; {assumed.latency * 1e6:g} us a message; DP messages waited for "
+        f"{assumed.exposed_dp:g}; overhead {assumed.overhead / 1e9:g} GB; slowdown {assumed.slowdown:g}"
+    )
+
+
+def plan_rows(plans: Sequence[Plan], steps: dict[float, int]) -> str:
+    """The best layouts. steps: CR -> training steps until then."""
+    head = ["layout", "GB", "roofline s", "step s"]
+    for cr in steps:
+        head += [f"h to CR {cr:g}", "device-h"]
+    lines = [head]
+    for plan in plans:
+        marked = f"{plan.layout}{' (not yet)' if plan.layout.unsupported else ''}"
+        line = [marked, f"{plan.memory.total / 1e9:.1f}", f"{plan.time.roofline:.2f}"]
+        line.append(f"{plan.seconds:.2f}")
+        for count in steps.values():
+            line += [f"{plan.hours(count):.1f}", f"{plan.device_hours(count):.0f}"]
+        lines.append(line)
+    return table(lines)
+
+
+def memory_rows(plans: Sequence[Plan], limit: float) -> str:
+    """One layout with each recompute: GB by category on the fullest stage."""
+    lines = [["GB per rank", *(plan.layout.recompute for plan in plans)]]
+    for item in fields(Memory):
+        lines.append([item.name, *(f"{getattr(plan.memory, item.name) / 1e9:.2f}" for plan in plans)])
+    lines.append(["total", *(f"{plan.memory.total / 1e9:.2f}" for plan in plans)])
+    lines.append(["fullest stage, of", *(f"{plan.stage}, {plan.layout.pp}" for plan in plans)])
+    lines.append(["fits", *("yes" if plan.memory.total <= limit else "no" for plan in plans)])
+    lines.append(["step s", *(f"{plan.seconds:.2f}" for plan in plans)])
+    return table(lines)
+
+
+def time_rows(plan: Plan) -> str:
+    """The roofline of one step, part by part."""
+    head, values = ["roofline s"], [""]
+    for item in fields(StepTime):
+        head.append(item.name)
+        values.append(f"{getattr(plan.time, item.name):.2f}")
+    return table([head, values])
+
+
+def fit_rows(fits: Sequence[Fit]) -> str:
+    """W-L-CR; L is the prompt and what is generated."""
+    lines = [["CR", "W", "L", "limited by", "GB", "ms a step", "GB without DMS"]]
+    for fit in fits:
+        if not fit.tokens:
+            lines.append([f"{fit.cr:g}", str(fit.chains), "none", fit.limit, "-", "-", "-"])
+            continue
+        lines.append(
+            [f"{fit.cr:g}", str(fit.chains), str(fit.tokens), fit.limit, f"{fit.memory / 1e9:.1f}",
+             f"{1e3 * fit.step_seconds:.2f}", f"{fit.dense_memory / 1e9:.1f}"]
+        )  # fmt: skip
+    return table(lines)
+
+
+def training_rows(found: Sequence[TrainingError], assumed: Assumptions) -> str:
+    """Published device-hours."""
+    lines = [
+        [
+            "training",
+            "published",
+            "of peak",
+            "roofline",
+            "error",
+            "predicted",
+            "error",
+            "others' fit",
+            "error",
+        ]
+    ]
+    for row in found:
+        cells = [row.run.name, f"{row.run.device_hours:g}", f"{100 * row.utilization:.0f} %"]
+        for own in (row.roofline, row.expected, row.left_out):
+            cells += [f"{own.predicted:.1f}", f"{own.error:+.0f} %"]
+        lines.append(cells)
+    notes = [f"  {row.run.name}: {row.run.source}; {row.plan.layout}" for row in found]
+    return "\n".join(
+        [
+            table(lines),
+            "H100-hours; of peak: the share of bf16 FLOPs that the published time means.",
+            f"predicted: roofline x slowdown {assumed.slowdown:g}, one for all; others' fit: the "
+            "geometric mean of the other runs alone.",
+            f"geometric mean of published / roofline: {fitted_slowdown(found):.3f}",
+            *notes,
+        ]
+    )
+
+
+def compared_rows(found: Sequence[Compared]) -> str:
+    """Measured, predicted, error."""
+    lines = [["measurement", "unit", "measured", "predicted", "error"]]
+    for row in found:
+        lines.append(
+            [row.name, row.unit, f"{row.measured:.5g}", f"{row.predicted:.4g}", f"{row.error:+.1f} %"]
+        )
+    return table(lines)
+
+
+def plan_json(plan: Plan, steps: dict[float, int]) -> dict[str, object]:
+    """Bytes and seconds."""
+    return {
+        "layout": asdict(plan.layout) | {"ranks": plan.layout.ranks},
+        "not_yet_supported": plan.layout.unsupported,
+        "fullest_stage": plan.stage,
+        "memory_bytes": asdict(plan.memory) | {"total": plan.memory.total},
+        "roofline_seconds": asdict(plan.time) | {"total": plan.time.roofline},
+        "step_seconds": plan.seconds,
+        "hours": {f"{cr:g}": plan.hours(count) for cr, count in steps.items()},
+        "device_hours": {f"{cr:g}": plan.device_hours(count) for cr, count in steps.items()},
+    }
+
+
+def compared_json(row: Compared) -> dict[str, object]:
+    return asdict(row) | {"error_percent": row.error}
