@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _ANOTHER_MODEL = "it would be another model than the checkpoint's"
 _UNEVEN = "stages must hold equally many layers"
+_EIGHT_BITS = "nobody has measured what so coarse a rounding does to eviction decisions; use --bf16"
 
 # Settings of Megatron's that DMS attention does not read, or that would change the model behind the
 # checkpoint's back: accepting them would be silently wrong. Name -> (what it must be, why).
@@ -57,7 +58,11 @@ _UNSUPPORTED = {
     "decoder_last_pipeline_num_layers": (None, _UNEVEN),
     "pipeline_model_parallel_layout": (None, _UNEVEN),
     "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
+    "fp8": (None, _EIGHT_BITS),
+    "fp4": (None, _EIGHT_BITS),
 }
+
+_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # those that are not called like their setting
 
 
 class StartupError(ValueError):
@@ -69,9 +74,8 @@ def check_supported(args: Namespace) -> None:
     for name, (expected, reason) in _UNSUPPORTED.items():
         found = getattr(args, name, expected)
         if found != expected:
-            raise StartupError(
-                f"--{name.replace('_', '-')} is {found}, expected {expected} with DMS: {reason}"
-            )
+            flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise StartupError(f"{flag} is {found}, expected {expected} with DMS: {reason}")
 
 
 def check_positive(args: Namespace) -> None:

@@ -280,6 +280,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "validation without data": ("--eval-iters 3", ("--eval-iters: found 3", "--valid-data-path")),
     "experts": ("--num-experts 4", ("--num-experts is 4", "expected None", "not supported")),
+    "fp8": ("--fp8-format hybrid", ("--fp8-format is hybrid", "expected None", "use --bf16")),
     "dropout": ("--attention-dropout 0.1", ("--attention-dropout is 0.1", "expected 0.0")),
     "context parallelism": (
         "--context-parallel-size 2",
