@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -173,3 +174,27 @@ def test_nvidias_apex_is_never_a_dependency() -> None:
     extras = [text for texts in keywords["extras_require"].values() for text in texts]
     assert "apex" not in {Requirement(text).name.lower() for text in keywords["install_requires"] + extras}
     assert "apex" not in constraints()
+
+
+def test_the_image_keeps_its_own_builds_and_pins_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Dockerfile's program, run on what a container of NVIDIA's holds. Catches: a torch, Triton or CUDA
+    wheel of the package index in the image, a requirement without a version."""
+    (program,) = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON\n", (ROOT / "Dockerfile").read_text(), re.DOTALL)
+    builds = {"torch": "2.11.0a0+abc.nv26.03", "triton": "3.6.0", "transformer_engine": "2.13.0+xyz"}
+    others = {"wandb": "0.1", "apex": "0.1"}
+    container = [SimpleNamespace(name=name, version=version) for name, version in (builds | others).items()]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: container)
+    monkeypatch.chdir(ROOT)
+    exec(program.replace("/tmp/versions.txt", str(tmp_path / "versions.txt")), {})
+    pairs = [line.split("==") for line in (tmp_path / "versions.txt").read_text().splitlines()]
+    versions = {normalised(name): version for name, version in pairs}
+    assert len(versions) == len(pairs)
+    assert builds.items() <= {name.replace("-", "_"): version for name, version in versions.items()}.items()
+    assert versions["wandb"] == constraints()["wandb"]
+    assert not [name for name in versions if name.startswith(("nvidia-c", "cuda-"))]
+    keywords = setup_keywords()
+    extras = keywords["extras_require"]
+    needed = [Requirement(text) for text in keywords["install_requires"] + extras["dev"] + extras["eval"]]
+    assert {normalised(requirement.name) for requirement in needed} <= versions.keys()
