@@ -86,8 +86,10 @@ def _train(options: argparse.Namespace) -> dict[str, object]:
         f"{options.ranks} ranks"
     )
     print(tables.numbers_used(device, assumed, device.memory))
+    if options.price is not None:
+        print(f"  price, as given: {options.price:g} USD for a device and hour")
     print(f"\n{len(found.plans)} of {found.tried} layouts fit; the fastest:")
-    print(tables.plan_rows(found.plans[: options.show], steps))
+    print(tables.plan_rows(found.plans[: options.show], steps, options.price))
     if best.layout.unsupported:
         print(f"not yet possible: {best.layout.unsupported}")
     print(f"\nmemory of {best.layout}, and with other recompute:")
@@ -106,8 +108,9 @@ def _train(options: argparse.Namespace) -> dict[str, object]:
         "steps": {f"{cr:g}": count for cr, count in steps.items()},
         "tried": found.tried,
         "fit": len(found.plans),
-        "best": [tables.plan_json(plan, steps) for plan in found.plans[: options.show]],
-        "recompute": {plan.layout.recompute: tables.plan_json(plan, steps) for plan in each},
+        "price": options.price,
+        "best": [tables.plan_json(plan, steps, options.price) for plan in found.plans[: options.show]],
+        "recompute": {plan.layout.recompute: tables.plan_json(plan, steps, options.price) for plan in each},
     }
 
 

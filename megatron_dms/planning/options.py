@@ -153,6 +153,8 @@ def _train(commands: argparse._SubParsersAction) -> None:
         help="as --dms-steps-per-cr (default: 100)",
     )
     add("--zeroing-steps", type=whole, default=0, metavar="N", help="as --dms-zeroing-steps (default: 0)")
+    add("--price", type=positive, metavar="USD",
+        help="what a device costs for an hour, to give the cost (default: none, no cost)")  # fmt: skip
     add("--fuse-output-layer", action="store_true", help="as --dms-fuse-output-layer")
     add("--distributed-optimizer", action=argparse.BooleanOptionalAction, default=True,
         help="optimizer state divided over data-parallel ranks, as --use-distributed-optimizer")  # fmt: skip

@@ -32,11 +32,11 @@ def numbers_used(device: Device, assumed: Assumptions, memory: float) -> str:
     )
 
 
-def plan_rows(plans: Sequence[Plan], steps: dict[float, int]) -> str:
-    """The best layouts. steps: CR -> training steps until then."""
+def plan_rows(plans: Sequence[Plan], steps: dict[float, int], price: float | None = None) -> str:
+    """The best layouts. steps: CR -> training steps until then. price: USD of a device for an hour."""
     head = ["layout", "GB", "roofline s", "step s"]
     for cr in steps:
-        head += [f"h to CR {cr:g}", "device-h"]
+        head += [f"h to CR {cr:g}", "device-h"] + ["USD"] * (price is not None)
     lines = [head]
     for plan in plans:
         marked = f"{plan.layout}{' (not yet)' if plan.layout.unsupported else ''}"
@@ -44,6 +44,8 @@ def plan_rows(plans: Sequence[Plan], steps: dict[float, int]) -> str:
         line.append(f"{plan.seconds:.2f}")
         for count in steps.values():
             line += [f"{plan.hours(count):.1f}", f"{plan.device_hours(count):.0f}"]
+            if price is not None:
+                line.append(f"{price * plan.device_hours(count):.0f}")
         lines.append(line)
     return table(lines)
 
@@ -126,8 +128,9 @@ def compared_rows(found: Sequence[Compared]) -> str:
     return table(lines)
 
 
-def plan_json(plan: Plan, steps: dict[float, int]) -> dict[str, object]:
-    """Bytes and seconds."""
+def plan_json(plan: Plan, steps: dict[float, int], price: float | None = None) -> dict[str, object]:
+    """Bytes and seconds; with a price, USD."""
+    cost = {f"{cr:g}": (price or 0) * plan.device_hours(count) for cr, count in steps.items()}
     return {
         "layout": asdict(plan.layout) | {"ranks": plan.layout.ranks},
         "not_yet_supported": plan.layout.unsupported,
@@ -137,6 +140,7 @@ def plan_json(plan: Plan, steps: dict[float, int]) -> dict[str, object]:
         "step_seconds": plan.seconds,
         "hours": {f"{cr:g}": plan.hours(count) for cr, count in steps.items()},
         "device_hours": {f"{cr:g}": plan.device_hours(count) for cr, count in steps.items()},
+        "usd": None if price is None else cost,
     }
 
 

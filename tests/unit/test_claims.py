@@ -213,6 +213,6 @@ def test_settings_are_plain(tmp_path: Path) -> None:
 def test_no_two_modules_have_one_name() -> None:
     """Scripts of the example and helpers of the tests are imported by their bare names, in one process.
     Catches: the one taken for the other, which shows only where both are collected."""
-    examples = {path.name for path in Path(script("claims").__file__).parent.glob("*.py")}
+    examples = {path.name for path in Path(script("claims").__file__).parents[1].rglob("*.py")}
     tests = {path.name for path in Path(__file__).parents[1].rglob("*.py")}
     assert not examples & tests
