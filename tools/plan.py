@@ -63,10 +63,8 @@ def _setting(options: argparse.Namespace) -> Setting:
 def _train(options: argparse.Namespace) -> dict[str, object]:
     setting, device, assumed = _setting(options), _device(options), assumptions(options)
     fixed = {name: getattr(options, name) for name in _LAYOUT if getattr(options, name) is not None}
-    if fixed.get("cp", 1) > 1 and options.supported_only:
-        raise ValueError(f"--cp is {options.cp}: pretrain_dms.py refuses it today; add --no-supported-only")
     say(f"trying the layouts of {options.ranks} ranks ...")
-    found = find_layouts(setting, options.ranks, device, assumed, options.supported_only, fixed)
+    found = find_layouts(setting, options.ranks, device, assumed, fixed)
     if not found.plans:
         needed = found.least.memory
         parts = asdict(needed)
@@ -90,8 +88,6 @@ def _train(options: argparse.Namespace) -> dict[str, object]:
         print(f"  price, as given: {options.price:g} USD for a device and hour")
     print(f"\n{len(found.plans)} of {found.tried} layouts fit; the fastest:")
     print(tables.plan_rows(found.plans[: options.show], steps, options.price))
-    if best.layout.unsupported:
-        print(f"not yet possible: {best.layout.unsupported}")
     print(f"\nmemory of {best.layout}, and with other recompute:")
     print(tables.memory_rows(each, device.memory))
     print("\n" + tables.time_rows(best))

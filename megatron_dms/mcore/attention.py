@@ -5,7 +5,9 @@ core attention as one more channel of the value, which RoPE does not touch: plai
 recomputation of the core attention differentiates it like any other input, and no state is kept between the
 two.
 
-Shapes follow Megatron: T tokens, B samples, H query heads and G KV heads of this rank, D head size.
+Shapes follow Megatron: T tokens, B samples, H query heads and G KV heads of this rank, D head size. Under
+context parallelism T is the rank's part of the sequence, but inside the core attention the whole of it, and H
+and G the rank's share of the heads (context_parallel.py).
 """
 
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.kernels import AttentionBackend, attention_backend, backend_name
+from megatron_dms.mcore.context_parallel import HeadExchange
 from megatron_dms.mcore.ledger import attach_compression_loss
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.mcore.predictor import BorrowedChannel, LinearPredictor, share_head_zero
@@ -101,9 +104,10 @@ class DMSCoreAttention(MegatronModule):
         self.dms = dms
         self.layer = layer_number - 1  # Megatron counts from 1
         self.scale = softmax_scale
-        self.groups = config.num_query_groups // tp_size
-        self.first_group = tp_rank * self.groups
-        self.borrowed = BorrowedChannel(dms, config.num_attention_heads // tp_size, self.groups)
+        groups = config.num_query_groups // tp_size
+        self.exchange = HeadExchange(pg_collection.cp, groups)
+        self.first_group = tp_rank * groups + self.exchange.first_group
+        self.borrowed = BorrowedChannel(dms, config.num_attention_heads // tp_size, groups)
 
     def forward(
         self,
@@ -121,6 +125,7 @@ class DMSCoreAttention(MegatronModule):
         """
         # RoPE has mixed channel D/2 - 1 into the borrowed one, so it is faded a second time.
         query, key = self.borrowed.fade(query, key, packed_seq_params.fade)
+        query, key, value = self.exchange.to_whole_sequence(query, key, value)
         value, raw, importance = self._unpack(value)
         decided = self._decide(raw.permute(1, 2, 0), packed_seq_params)  # [B, G, T]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, D]
@@ -128,8 +133,7 @@ class DMSCoreAttention(MegatronModule):
             k, v = merge_pairs(k, v, decided.alpha, self._log_importance(importance.permute(1, 2, 0)))
         log_keep = shift(decided.log_keep, self.dms.lag)
         out = self._backend(q.device)(q, k, v, log_keep, self.dms.window, self.scale)
-        T, B = query.shape[:2]
-        return out.permute(2, 0, 1, 3).reshape(T, B, -1)
+        return self.exchange.to_own_tokens(out.permute(2, 0, 1, 3)).flatten(2)
 
     def _backend(self, device: torch.device) -> AttentionBackend:
         name = backend_name(self.dms.attention_backend, device)
@@ -151,17 +155,16 @@ class DMSCoreAttention(MegatronModule):
             nothing = torch.zeros_like(raw, dtype=torch.float32)
             return Eviction(nothing, nothing, nothing)
         logits = self.dms.alpha_scale * raw.float() - self.dms.alpha_offset
-        heads = torch.arange(self.first_group, self.first_group + self.groups, device=raw.device)
+        heads = self.first_group + torch.arange(self.exchange.groups, device=raw.device)
         if microbatch.phase is Phase.HARD:
             eviction = hard_eviction(logits)
         else:
             eviction = soft_eviction(logits, self._noise(heads, microbatch), self.dms.temperature)
-        microbatch.account.report(self.layer, heads, eviction.alpha, eviction.hard, microbatch.valid)
+        counted = microbatch.valid if self.exchange.counts else torch.zeros_like(microbatch.valid)
+        microbatch.account.report(self.layer, heads, eviction.alpha, eviction.hard, counted)
         if microbatch.phase is Phase.HARD:
             return eviction
-        attached = attach_compression_loss(
-            eviction.log_keep, eviction.alpha, microbatch.valid, microbatch.account
-        )
+        attached = attach_compression_loss(eviction.log_keep, eviction.alpha, counted, microbatch.account)
         return eviction._replace(log_keep=attached)
 
     def _noise(self, heads: Tensor, microbatch: Microbatch) -> Tensor:

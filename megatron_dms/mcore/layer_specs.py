@@ -30,11 +30,12 @@ def dense_block_spec(
 
     Args:
         config: a TransformerConfig or GPTModelConfig.
-        score_matrix: without Transformer Engine, Megatron's own core attention with its T x T scores.
+        score_matrix: without Transformer Engine, attention with T x T scores (plain_attention.py).
     """
     layer = _dense_layer_spec(config)
-    if config.transformer_impl != "transformer_engine" and not score_matrix:
-        layer.submodules.self_attention.submodules.core_attention = PlainCoreAttention
+    if config.transformer_impl != "transformer_engine":
+        plain = partial(PlainCoreAttention, score_matrix=score_matrix)
+        layer.submodules.self_attention.submodules.core_attention = plain
     return _block(layer, config, vp_stage)
 
 

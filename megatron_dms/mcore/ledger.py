@@ -4,8 +4,8 @@ The compression loss clamps each sample's mean alpha over the WHOLE model (DMS p
 sees only its own layers and KV heads. Its gradient is simple, though: -weight / (B L G T) for each alpha of a
 sample below target, else 0. So each rank adds up its decisions in the forward pass; when its last layer has
 reported, it starts an all-reduce of that small vector over the model's ranks; in the backward pass each alpha
-waits for it and takes its gradient. Every stage runs a microbatch's forward before any stage runs its
-backward, so this cannot deadlock in any pipeline schedule, and the result is that of one process.
+waits for it and takes its gradient. Every stage, virtual ones too, runs a microbatch's forward before any
+runs its backward, so this cannot deadlock in any pipeline schedule, and the result is that of one process.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class ModelShape:
     groups: int
     """G, KV heads of a layer of the whole model."""
     local_layers: int
-    """Layers of this pipeline stage."""
+    """Layers of this rank: of all its virtual stages, where there are several."""
     ranks: dist.ProcessGroup | None
     """The ranks that hold one copy of the model (TP x CP x PP), in a gloo group of their own; None for a
     single process. Not NCCL: Megatron synchronises the whole device between a stage's forward and its send,
@@ -60,7 +60,7 @@ class CompressionAccount:
             layer: global layer number from 0.
             heads: [g] global numbers of this rank's KV heads.
             alpha, hard: [B, g, T] soft and hard decisions.
-            valid: [B, T] bool.
+            valid: [B, T] bool; nothing is, where another rank reports the same decisions.
         """
         if layer in self._reported:
             return
@@ -85,7 +85,7 @@ class CompressionAccount:
             self._sums = self._sums.to(self.tokens.device)
         if self._sums is None or len(self._reported) != self.shape.local_layers:
             raise RuntimeError(
-                f"{len(self._reported)} of {self.shape.local_layers} layers of this stage have reported"
+                f"{len(self._reported)} of {self.shape.local_layers} layers of this rank have reported"
             )
         return self._sums
 

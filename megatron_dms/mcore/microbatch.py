@@ -25,7 +25,8 @@ class Phase(Enum):
 
 @dataclass(kw_only=True)
 class Microbatch(PackedSeqParams):
-    """One microbatch of B samples, T tokens each. It is not packed (`qkv_format` is never 'thd')."""
+    """One microbatch of B samples, T tokens each: whole sequences, under context parallelism too. It is not
+    packed (`qkv_format` is never 'thd')."""
 
     sample_ids: Tensor
     """[B] int64, global sample numbers: the noise depends on them, not on ranks."""
@@ -41,5 +42,5 @@ class Microbatch(PackedSeqParams):
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
-        # Megatron takes the length of the rotary table from these two.
+        # Megatron takes the length of the rotary table from these two, before it cuts it by context rank.
         self.max_seqlen_q = self.max_seqlen_kv = self.valid.shape[1]

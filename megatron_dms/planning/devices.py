@@ -58,5 +58,5 @@ class Assumptions:
     --overlap-grad-reduce and --overlap-param-gather. TP, CP and PP messages are always waited for."""
     overhead: float = 4e9
     """Bytes of a device that no category has: CUDA context, NCCL's buffers, workspaces, fragmentation."""
-    slowdown: float = 2.79
+    slowdown: float = 2.88
     """Factor on the predicted time of a training step."""

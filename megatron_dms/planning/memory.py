@@ -54,7 +54,7 @@ def layer_tensors(setting: Setting, layout: Layout) -> dict[str, float]:
         "queries, keys": heads * (model.q + model.kv),
         "values with their logit": heads * (model.kv + model.groups),
         "core: log-sum-exp": 4 * model.heads * n / t,
-        "core: decisions": 4 * DECISIONS * model.groups * n / t,
+        "core: decisions": 4 * DECISIONS * model.groups * layout.kv_copies(model) * n / t,
         "residual after attention": stream,
         "gate and up": heads * 2 * model.ffn,
     }
@@ -63,9 +63,13 @@ def layer_tensors(setting: Setting, layout: Layout) -> dict[str, float]:
         kept["queries before their norm"] = heads * model.q
     if recipe.linear:
         kept["predictor input"] = stream
+    copies = layout.kv_copies(model) - 1
+    kept["core: further copies of keys and values"] = copies * heads * (2 * model.kv + model.groups)
     # A flash kernel reads its output again; so does a trained output projection, in the same storage.
     kept["attention output" if recipe.trains_all else "core: attention output"] = heads * model.q
     if recipe.trains_all:
+        if layout.cp > 1:  # the projection reads what came back, the kernel what it sent
+            kept["core: attention output before its exchange"] = heads * model.q
         kept |= {"QKV input": stream, "MLP input": stream, "MLP product": heads * model.ffn}
     return kept
 

@@ -159,8 +159,6 @@ def _train(commands: argparse._SubParsersAction) -> None:
     add("--distributed-optimizer", action=argparse.BooleanOptionalAction, default=True,
         help="optimizer state divided over data-parallel ranks, as --use-distributed-optimizer")  # fmt: skip
     add("--logits", choices=("bf16", "fp32"), default="bf16", help="type of the logits (default: bf16)")
-    add("--supported-only", action=argparse.BooleanOptionalAction, default=True,
-        help="leave out layouts that pretrain_dms.py refuses today: context parallelism")  # fmt: skip
     add("--memory", type=positive, metavar="GB", help="10^9 bytes of a device (default: the device's)")
     add("--show", type=count, default=5, metavar="N", help="layouts to print (default: 5)")
     fixed = parser.add_argument_group("a layout, or parts of it, instead of the best")

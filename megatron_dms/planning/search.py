@@ -50,7 +50,6 @@ def find_layouts(
     ranks: int,
     device: Device,
     assumed: Assumptions,
-    supported_only: bool = True,
     fixed: dict[str, object] | None = None,
 ) -> Found:
     """All layouts of so many ranks.
@@ -64,7 +63,7 @@ def find_layouts(
     wanted = (fixed or {}).items()
     plans = [
         plan_layout(setting, layout, device, assumed)
-        for layout in layouts(setting, ranks, supported_only)
+        for layout in layouts(setting, ranks)
         if all(getattr(layout, name) == value for name, value in wanted)
     ]
     if not plans:

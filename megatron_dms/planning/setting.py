@@ -87,10 +87,9 @@ class Layout:
         """Microbatches whose activations a stage (0 = first) holds at once, under 1F1B."""
         return min(self.microbatches(setting), self.pp - stage)
 
-    @property
-    def unsupported(self) -> str | None:
-        """Why pretrain_dms.py refuses it today (training/checks.py); None: it does not."""
-        return "context parallelism is not supported by pretrain_dms.py yet" if self.cp > 1 else None
+    def kv_copies(self, model: ModelSize) -> int:
+        """Context-parallel ranks that share a KV head in attention (mcore/context_parallel.py)."""
+        return max(self.cp // (model.groups // self.tp), 1)
 
     def __str__(self) -> str:
         parallel = f"TP {self.tp} x PP {self.pp} x CP {self.cp} x DP {self.dp}"
@@ -118,6 +117,9 @@ def refusal(setting: Setting, layout: Layout) -> str | None:
     for what, (number, by) in divided.items():
         if number % by:
             return f"{number} {what} are not divisible by {by}"
+    heads, groups = model.heads // layout.tp, model.groups // layout.tp
+    if heads % layout.cp or (groups % layout.cp and layout.cp % groups):
+        return f"{heads} query and {groups} KV heads of a TP rank cannot be shared out among CP {layout.cp}"
     if layout.sp and layout.tp == 1:
         return "sequence parallelism needs TP above 1"
     part = setting.context // layout.cp
@@ -126,13 +128,13 @@ def refusal(setting: Setting, layout: Layout) -> str | None:
     return None
 
 
-def layouts(setting: Setting, ranks: int, supported_only: bool = True) -> Iterator[Layout]:
+def layouts(setting: Setting, ranks: int) -> Iterator[Layout]:
     """Every layout of so many ranks that can run, in a fixed order; memory is not looked at."""
     for tp in divisors(ranks):
         for pp in divisors(ranks // tp):
             for cp in divisors(ranks // (tp * pp)):
                 base = Layout(tp, pp, cp, ranks // (tp * pp * cp))
-                if (supported_only and base.unsupported) or refusal(setting, base):
+                if refusal(setting, base):
                     continue
                 for micro in divisors(setting.batch // base.dp):
                     for sp in (False, True):

@@ -77,6 +77,7 @@ def moved_by_layer(setting: Setting, layout: Layout, teacher: bool) -> float:
     moved = 2 * 2 * stream + 2 * 3 * stream  # two norms (in, out), two residual sums (in, in, out)
     moved += 2 * qk * (2 if model.qk_norm else 1)  # RoPE, norms of queries and keys
     moved += ELEMENT * 3 * model.ffn * n / t  # gate and up in, product out
+    moved += 2 * 2 * exchanged(setting, layout)  # packed and unpacked
     if not teacher:
         moved += 2 * ELEMENT * model.kv * n / t  # the logit joins the values
         if setting.recipe.linear:
@@ -84,6 +85,16 @@ def moved_by_layer(setting: Setting, layout: Layout, teacher: bool) -> float:
         else:
             moved += 2 * 2 * ELEMENT * model.q * n / t  # the borrowed channel is faded twice
     return moved
+
+
+def exchanged(setting: Setting, layout: Layout) -> float:
+    """Bytes that a rank exchanges with its context-parallel group in a forward pass of a layer, its own share
+    among them: queries, keys and values there, the output back (mcore/context_parallel.py)."""
+    if layout.cp == 1:
+        return 0
+    model = setting.model
+    channels = 2 * model.q + 2 * model.kv * layout.kv_copies(model)
+    return ELEMENT * channels * layout.tokens(setting) / layout.tp
 
 
 def stage_work(setting: Setting, layout: Layout, stage: int) -> Work:
@@ -111,8 +122,9 @@ def stage_work(setting: Setting, layout: Layout, stage: int) -> Work:
     gathers += (4 if layout.sp else 2) * last  # around the output layer
     messages = gathers if layout.sp else gathers // 2
 
-    rounds = layers * (1 + 2 + 1 + (layout.recompute != "none")) if layout.cp > 1 else 0
-    ring = rounds * (layout.cp - 1) * ELEMENT * 2 * model.kv * n / t
+    # Forward, backward, teacher, recompute of attention; three all-to-alls each.
+    exchanges = layers * (1 + 1 + 1 + (layout.recompute != "none")) if layout.cp > 1 else 0
+    sent = exchanges * exchanged(setting, layout) * (layout.cp - 1) / layout.cp
 
     # Student's and teacher's hidden states forward, their gradients back; a middle stage does both twice.
     borders = 0 if layout.pp == 1 else 2 if stage in (0, layout.pp - 1) else 4
@@ -124,8 +136,8 @@ def stage_work(setting: Setting, layout: Layout, stage: int) -> Work:
         weights=WEIGHT * elements / t,
         tp=gathers * unit,
         tp_messages=messages if t > 1 else 0,
-        cp=ring,
-        cp_messages=rounds * (layout.cp - 1),
+        cp=sent,
+        cp_messages=3 * exchanges,
         pp=borders * border,
         pp_messages=borders,
     )

@@ -39,8 +39,7 @@ def plan_rows(plans: Sequence[Plan], steps: dict[float, int], price: float | Non
         head += [f"h to CR {cr:g}", "device-h"] + ["USD"] * (price is not None)
     lines = [head]
     for plan in plans:
-        marked = f"{plan.layout}{' (not yet)' if plan.layout.unsupported else ''}"
-        line = [marked, f"{plan.memory.total / 1e9:.1f}", f"{plan.time.roofline:.2f}"]
+        line = [str(plan.layout), f"{plan.memory.total / 1e9:.1f}", f"{plan.time.roofline:.2f}"]
         line.append(f"{plan.seconds:.2f}")
         for count in steps.values():
             line += [f"{plan.hours(count):.1f}", f"{plan.device_hours(count):.0f}"]
@@ -133,7 +132,6 @@ def plan_json(plan: Plan, steps: dict[float, int], price: float | None = None) -
     cost = {f"{cr:g}": (price or 0) * plan.device_hours(count) for cr, count in steps.items()}
     return {
         "layout": asdict(plan.layout) | {"ranks": plan.layout.ranks},
-        "not_yet_supported": plan.layout.unsupported,
         "fullest_stage": plan.stage,
         "memory_bytes": asdict(plan.memory) | {"total": plan.memory.total},
         "roofline_seconds": asdict(plan.time) | {"total": plan.time.roofline},

@@ -72,6 +72,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         if func is torch.Tensor.to:
             args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
         out = func(*args, **kwargs)

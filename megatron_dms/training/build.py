@@ -37,19 +37,23 @@ def student_config(args: Namespace, dms: DMSConfig, start: Weights | None, teach
 def _prepare(
     models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Weights | None, weights: Weights | None
 ) -> list[GPTModel]:
-    (student,) = models
-    set_rope(student, args.rope_parameters)
+    """models: this rank's virtual stages, one without them; each gets the same stage of the teacher."""
+    for student in models:
+        set_rope(student, args.rope_parameters)
     if start is not None:
-        start.load(student)
+        start.load(models)
     if dms.train == "predictor":
-        freeze_all_but_predictor(student, dms)
+        for student in models:
+            freeze_all_but_predictor(student, dms)
+    teacher_args = args if weights is None else _complete(args, weights.args)
+    teachers = [_build_dense(teacher_args, dms, student) for student in models]
+    if weights is not None:
+        weights.load(teachers)
+    pairs = list(zip(models, teachers, strict=True))
     if weights is None:
-        teacher = _build_dense(args, dms, student)
-        share_parameters(teacher, student)
-    else:
-        teacher = _build_dense(_complete(args, weights.args), dms, student)
-        weights.load(teacher)
-    return [distill(student, teacher, dms, args.vocab_size)]
+        for student, teacher in pairs:
+            share_parameters(teacher, student)
+    return [distill(student, teacher, dms, args.vocab_size) for student, teacher in pairs]
 
 
 def _complete(args: Namespace, teacher: Namespace) -> Namespace:
@@ -72,9 +76,10 @@ def _build_dense(args: Namespace, dms: DMSConfig, student: GPTModel) -> GPTModel
     score_matrix = backend_name(dms.attention_backend, device) == "dense"
     config.transformer_layer_spec = partial(dense_block_spec, score_matrix=score_matrix)
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    if args.num_query_groups // args.tensor_model_parallel_size % args.context_parallel_size:
+        config.transformer.cp_comm_type = "p2p"  # Transformer Engine's a2a shares no KV head among ranks
     builder = config.get_builder_cls()(config)
-    teacher = builder.build_model(
-        ProcessGroupCollection.use_mpu_process_groups(), student.pre_process, student.post_process
-    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    teacher = builder.build_model(groups, student.pre_process, student.post_process, student.vp_stage)
     set_rope(teacher, args.rope_parameters)
     return teacher

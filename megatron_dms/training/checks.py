@@ -21,10 +21,8 @@ _EIGHT_BITS = "nobody has measured what so coarse a rounding does to eviction de
 # Settings of Megatron's that DMS attention does not read, or that would change the model behind the
 # checkpoint's back: accepting them would be silently wrong. Name -> (what it must be, why).
 _UNSUPPORTED = {
-    "context_parallel_size": (1, "context parallelism is not implemented yet"),
-    "virtual_pipeline_model_parallel_size": (None, "virtual pipeline stages are not implemented yet"),
-    "num_virtual_stages_per_pipeline_rank": (None, "virtual pipeline stages are not implemented yet"),
-    "num_layers_per_virtual_pipeline_stage": (None, "virtual pipeline stages are not implemented yet"),
+    "cp_comm_type": (["a2a"], "ranks exchange heads for tokens by an all-to-all, in every layer"),
+    "hierarchical_context_parallel_sizes": (None, "ranks exchange heads for tokens by one all-to-all"),
     "num_experts": (None, "mixture-of-experts models are not supported"),
     "multi_latent_attention": (False, "multi-latent attention is not supported"),
     "attention_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
@@ -80,7 +78,11 @@ def check_supported(args: Namespace) -> None:
 
 def check_positive(args: Namespace) -> None:
     """Sizes by which the later checks divide."""
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "seq_length"):
+    for name in (
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+        "seq_length",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise StartupError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
@@ -132,28 +134,6 @@ def warn_if_not_zeroed(dms: DMSConfig, start: "Weights") -> None:
         )
 
 
-def check_layout(args: Namespace, model: Namespace, whose: str = "the model") -> None:
-    """Heads and layers of a model (the student's or the teacher's arguments) divide by the run's layout."""
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups"):
-        heads = getattr(model, name)
-        if heads % tp:
-            fewer = ": several ranks would share one KV head's decision" if heads < tp else ""
-            raise StartupError(
-                f"--tensor-model-parallel-size is {tp}, but {whose} has {name} = {heads}, which it must "
-                f"divide{fewer}; use a divisor of {heads}"
-            )
-    if model.num_layers % pp:
-        raise StartupError(
-            f"--pipeline-model-parallel-size is {pp}, but {whose} has {model.num_layers} layers, which it "
-            f"must divide; use a divisor of {model.num_layers}"
-        )
-    if args.world_size % (tp * pp):
-        raise StartupError(
-            f"{args.world_size} processes, but TP {tp} x PP {pp} needs a multiple of {tp * pp}"
-        )
-
-
 def check_attention_backend(args: Namespace, dms: DMSConfig) -> None:
     """The named back-end can train on this machine (Triton's interpreter counts: tests run in it)."""
     name = dms.attention_backend
@@ -190,7 +170,7 @@ def check_training(args: Namespace, dms: DMSConfig) -> None:
 
 
 def check_teacher(args: Namespace, dms: DMSConfig) -> "Weights | None":
-    """The teacher is there, dense, of the same vocabulary, and fits the layout and the sequence length.
+    """The teacher is there, dense, of the same vocabulary, and fits the sequence length.
 
     Returns:
         Its weights; None where it is the student itself.
@@ -215,7 +195,6 @@ def check_teacher(args: Namespace, dms: DMSConfig) -> "Weights | None":
         raise StartupError(
             f"the teacher {dms.teacher} is a DMS model, expected a dense one; use its base model"
         )
-    check_layout(args, teacher, "the teacher")
     if args.seq_length > teacher.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the teacher has {teacher.max_position_embeddings} "

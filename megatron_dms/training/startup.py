@@ -67,6 +67,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
 
     from megatron_dms.checkpoint import CheckpointError
     from megatron_dms.training.data_arguments import validate_data_args
+    from megatron_dms.training.layout import check_heads_and_layers, check_layout
     from megatron_dms.training.token_files import DataError
 
     try:
@@ -80,9 +81,11 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
         if not continues:
             checks.check_start(dms, start)
         validate_data_args(args)
-        checks.check_layout(args, args)
+        check_layout(args)
         checks.check_training(args, dms)
         teacher = checks.check_teacher(args, dms)
+        if teacher is not None:
+            check_heads_and_layers(args, teacher.args, "the teacher")
     except (CheckpointError, DataError) as error:
         raise StartupError(str(error)) from error
     args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
@@ -121,6 +124,7 @@ def _prepare_parser(
         help="start a retrofit from the weights of this HF folder, without a conversion before",
     )
     parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
+    parser.set_defaults(cp_comm_type=["a2a"])
     if find_spec("transformer_engine") is None:
         parser.set_defaults(**LOCAL_DEFAULTS)
     if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex

@@ -3,6 +3,9 @@
 Normalisation, the same in every layout: the distillation loss is the sum of KL over all target tokens of the
 GLOBAL batch divided by their number; the compression loss is the mean over all samples of the global batch.
 To know that number before the first backward pass, the step reads all its microbatches at once.
+
+Under context parallelism every rank reads whole samples and cuts its tokens out; what it adds up are its own
+tokens' losses. Virtual pipeline stages of a rank work on the same microbatches: read once, with one account.
 """
 
 from collections import deque
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.kernels import backend_name
+from megatron_dms.mcore.context_parallel import own_tokens
 from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.training.fused_output import FusedDistillation
@@ -44,14 +48,17 @@ from megatron_dms.training.metrics import (
 )
 from megatron_dms.training.trainable import zero_borrowed_rows
 
+_Queue = deque[tuple[dict[str, Tensor], Microbatch]]
+
 
 class RetrofitStep:
     """Megatron's `forward_step_func`, with the retrofit's schedule and meters."""
 
     def __init__(self, dms: DMSConfig) -> None:
         self.dms = dms
-        self._shape: ModelShape | None = None  # set by attach()
-        self._microbatches: deque[dict[str, Tensor]] = deque()
+        self._shape: ModelShape | None = None  # set by attach(), like the next two
+        self._models: list[torch.nn.Module] = []  # this rank's virtual stages, one without them
+        self._queues: list[_Queue] = []  # what each of them has yet to work on
         self._target_tokens: Tensor | None = None  # of the global batch under way
         self._meter = LayerMeter()  # of the training step under way
         self._validation_meter = LayerMeter()
@@ -62,7 +69,8 @@ class RetrofitStep:
 
         Collective, so it cannot wait for the first forward pass: the pipeline's stages are not in step there.
         """
-        self._shape = _model_shape(*models)
+        self._shape = _model_shape(models)
+        self._models, self._queues = models, [deque() for _ in models]
         print_rank_0(schedule_text(self.dms))
         device = next(models[0].parameters()).device
         print_rank_0(f" DMS attention in training: {backend_name(self.dms.attention_backend, device)}")
@@ -70,13 +78,9 @@ class RetrofitStep:
 
     def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run one microbatch: -> (output for the next stage or the loss, the loss function)."""
-        training = model.training
-        if training and not self._microbatches:
-            self._start_step(data_iterator, model)
-        batch = self._microbatches.popleft() if training else _on_device(next(data_iterator))
-        microbatch = self._describe(batch, training, get_model_config(model))
+        batch, microbatch = self._next(data_iterator, model)
         fused = {}
-        if training and self.dms.fuse_output_layer:
+        if model.training and self.dms.fuse_output_layer:
             fused["output_processor"] = FusedDistillation(self.dms, batch["loss_mask"], get_args().vocab_size)
         output = model(
             batch["tokens"],
@@ -88,18 +92,34 @@ class RetrofitStep:
         )
         return output, partial(self._loss, batch, microbatch, model)
 
-    def _start_step(self, data_iterator: Iterator, model: torch.nn.Module) -> None:
-        batches = [_on_device(next(data_iterator)) for _ in range(get_num_microbatches())]
+    def _next(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[dict[str, Tensor], Microbatch]:
+        """This stage's next microbatch. A rank's first virtual stage is the first to want it and reads it for
+        all of them: the others' data iterators, which would give the same samples, are left alone."""
+        queue = self._queues[unwrap_model(model).vp_stage or 0]
+        if not queue:
+            config = get_model_config(model)
+            if model.training:
+                batches = self._start_step(data_iterator, config)
+            else:
+                batches = [_own_part(next(data_iterator))]
+            records = [(batch, self._describe(batch, model.training, config)) for batch in batches]
+            for each in self._queues:
+                each.extend(records)
+        return queue.popleft()
+
+    def _start_step(self, data_iterator: Iterator, config: Any) -> list[dict[str, Tensor]]:
+        batches = [_own_part(next(data_iterator)) for _ in range(get_num_microbatches())]
         tokens = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
         dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         self._target_tokens = tokens.clamp(min=1)
-        self._microbatches.extend(batches)
         self._finished = get_args().curr_iteration + 1
         if self.dms.zeroing_steps and get_args().curr_iteration == self.dms.zeroing_steps:
-            zero_borrowed_rows(model, self.dms)
+            for model in self._models:
+                zero_borrowed_rows(model, self.dms)
             # Masters in higher precision must follow. Megatron hands out its optimizer nowhere; the bound
             # method it leaves in the model's config is the one way to reach it (megatron-core 0.19.2).
-            get_model_config(model).grad_scale_func.__self__.reload_model_params()
+            config.grad_scale_func.__self__.reload_model_params()
+        return batches
 
     def _iteration(self, training: bool) -> int:
         """The training step under way, from 0; in evaluation the last one that was finished."""
@@ -123,7 +143,10 @@ class RetrofitStep:
             shape=self._shape,
             target=self.dms.schedule.target_fraction(iteration - self.dms.zeroing_steps),
             tokens=valid.sum(dim=1).float().clamp(min=1),
-            loss_weight=self.dms.compression_weight * scale / get_num_microbatches(),
+            # Megatron averages gradients over context-parallel ranks too, which add parts up.
+            loss_weight=self.dms.compression_weight
+            * scale
+            * (parallel_state.get_context_parallel_world_size() / get_num_microbatches()),
         )
         return Microbatch(**common, phase=Phase.SOFT if training else Phase.HARD, account=account)
 
@@ -132,9 +155,10 @@ class RetrofitStep:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """On the last stage: -> (loss to differentiate, reported pairs).
 
-        Megatron divides the loss by the number of microbatches and averages gradients over data-parallel
-        ranks; the factor here turns that into the sum over the global batch. The compression loss has its
-        gradient already (mcore/ledger.py) and is added for the report alone.
+        Megatron (0.19.2) divides the loss by the number of microbatches, multiplies it by the number C of
+        context-parallel ranks, and averages gradients over these and the data-parallel ones; the factor here
+        turns that into the sum over the global batch. The compression loss has its gradient already
+        (mcore/ledger.py) and is added for the report alone, which is the mean over all of these ranks.
         """
         mask = batch["loss_mask"]
         training = model.training
@@ -159,12 +183,13 @@ class RetrofitStep:
         parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
         loss = kl_sum * parts / self._target_tokens
         compression = reports[COMPRESSION_LOSS]  # of this microbatch; all have the same number of samples
-        total = loss + self.dms.compression_weight * compression[0] / compression[1]
+        total = loss * parallel_state.get_context_parallel_world_size()
+        total = total + self.dms.compression_weight * compression[0] / compression[1]
         return loss, {"loss": pair(total, 1)} | reports
 
     def _layer_reports(self) -> dict[str, Tensor]:
         """The step's least and most compressed layer, known at its last microbatch."""
-        if self._microbatches:
+        if self._queues[-1]:
             return {name: torch.zeros_like(self._target_tokens).expand(2) for name in LAYER_EXTREMES}
         kept = self._meter.kept_fraction(parallel_state.get_data_parallel_group())
         extremes = layer_extremes(kept)
@@ -197,17 +222,23 @@ class RetrofitStep:
             wandb.log({"kept fraction": wandb.Image(str(path))}, step)
 
 
-def _model_shape(model: torch.nn.Module) -> ModelShape:
-    """Counts of the whole model and of this stage; creates the account's process group (collective)."""
-    config = get_model_config(model)
+def _model_shape(models: list[torch.nn.Module]) -> ModelShape:
+    """Counts of the whole model and of this rank; creates the account's process group (collective)."""
+    config = get_model_config(models[0])
+    # The ranks of one copy of the model are those of one data-parallel number. Megatron's model-parallel
+    # group leaves context parallelism out.
+    own = parallel_state.get_data_parallel_rank()
+    everyone = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    copies = [[rank for rank, copy in enumerate(everyone) if copy == each] for each in sorted(set(everyone))]
     ranks = None
-    if dist.get_world_size(parallel_state.get_model_parallel_group()) > 1:
-        own = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, own)
-        ranks, _ = dist.new_subgroups_by_enumeration(sorted({tuple(r) for r in everyone}), backend="gloo")
-    return ModelShape(config.num_layers, config.num_query_groups, len(model.decoder.layers), ranks)
+    if len(copies[own]) > 1:
+        ranks, _ = dist.new_subgroups_by_enumeration(copies, backend="gloo")
+    layers = sum(len(model.decoder.layers) for model in models)
+    return ModelShape(config.num_layers, config.num_query_groups, layers, ranks)
 
 
-def _on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
+def _own_part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the device; of the tokens, those of this context-parallel rank."""
+    on_device = {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
+    return own_tokens(on_device, parallel_state.get_context_parallel_group())

@@ -69,6 +69,7 @@ def distill(student: GPTModel, teacher: GPTModel, dms: DMSConfig, vocab_size: in
         mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion, "loss_balancer": None})],
     )
     adjust_distillation_model_for_mcore(model, settings)
+    model.forward = partial(_forward, model)
     model.compute_language_model_loss = partial(
         _validation_cross_entropy, model, model.compute_language_model_loss, vocab_size
     )
@@ -79,6 +80,18 @@ def distill(student: GPTModel, teacher: GPTModel, dms: DMSConfig, vocab_size: in
     # The teacher is a plain model: it knows nothing of microbatch records, see mcore/microbatch.py.
     teacher.register_forward_pre_hook(_without_microbatch, with_kwargs=True)
     return model
+
+
+def _forward(model: GPTModel, *args: Any, **kwargs: Any) -> Tensor:
+    """As modelopt's own (0.47.0), which asks the pipeline rank whether this is the last stage: with virtual
+    stages (megatron-core 0.19.2) only one of the last rank's is, and each knows of itself."""
+    teacher = model._teacher_model.eval()
+    with torch.no_grad():
+        teacher_output = teacher(*args, **kwargs)
+    model._lm_loss_call_count = 0  # modelopt's, which tells the main loss from those of further tokens by it
+    with model.only_student_forward():
+        student_output = type(model).forward(model, *args, **kwargs)
+    return student_output if model.post_process else torch.cat([student_output, teacher_output], dim=-1)
 
 
 def _validation_cross_entropy(

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from argparse import Namespace
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dms.checkpoint import CheckpointError
 from megatron_dms.checkpoint.export_layout import of_source, write_side_files
@@ -16,6 +17,9 @@ from megatron_dms.checkpoint.hf_folder import HFFolder
 from megatron_dms.checkpoint.hf_weights import load_hf_weights
 from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
 from megatron_dms.checkpoint.staging import staged_folder
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
 
 
 class Weights(ABC):
@@ -29,9 +33,9 @@ class Weights(ABC):
     tokenizer_folder: Path
 
     @abstractmethod
-    def load(self, model: object) -> None:
-        """Fill a Megatron GPTModel's part of this rank; a linear predictor that is not held stays as it was
-        initialised.
+    def load(self, models: "list[GPTModel]") -> None:
+        """Fill the parts of this rank (its virtual pipeline stages, or one model); a linear predictor that is
+        not held stays as it was initialised. Collective.
         """
 
     def has_hf_files(self, save: Path) -> bool:
@@ -43,7 +47,7 @@ class Weights(ABC):
     def carry_hf_files(self, save: Path) -> None:
         """Put the HF side files into the folder `save`/hf, beside new checkpoints: export needs them."""
 
-    def _wanted(self, model: object) -> dict[str, object]:
+    def _wanted(self, model: "GPTModel") -> dict[str, object]:
         """The model's sharded state, less a predictor that is not here."""
         from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -65,18 +69,24 @@ class MegatronWeights(Weights):
         self.iteration = int(reader.common().get("iteration", 0))
         self.tokenizer_folder = folder / HF
 
-    def load(self, model: object) -> None:
+    def load(self, models: "list[GPTModel]") -> None:
         """See Weights. Raises KeyError if a tensor is missing or does not belong to the model."""
         from megatron.core import dist_checkpointing
 
-        wanted = self._wanted(model)
-        fresh = set(model.state_dict()) - set(wanted)
-        # Nested, because what the file holds in common (its arguments) is added beside it.
-        loaded = dist_checkpointing.load({"model": wanted}, str(self.iteration_folder))["model"]
-        missing, unexpected = model.load_state_dict(loaded, strict=False)
-        wrong = [name for name in (*missing, *unexpected) if name not in fresh and "_extra_state" not in name]
-        if wrong:
-            raise KeyError(f"{self.folder}: {', '.join(wrong)} do not match the model")
+        # All stages at once: Megatron insists that every layer is asked for. Nested, because what the file
+        # holds in common (its arguments) is added beside it.
+        wanted = {str(stage): self._wanted(model) for stage, model in enumerate(models)}
+        fresh = [set(model.state_dict()) - set(wanted[str(stage)]) for stage, model in enumerate(models)]
+        loaded = dist_checkpointing.load(wanted, str(self.iteration_folder))
+        for stage, model in enumerate(models):
+            missing, unexpected = model.load_state_dict(loaded[str(stage)], strict=False)
+            wrong = [
+                name
+                for name in (*missing, *unexpected)
+                if name not in fresh[stage] and "_extra_state" not in name
+            ]
+            if wrong:
+                raise KeyError(f"{self.folder}: {', '.join(wrong)} do not match the model")
 
     def carry_hf_files(self, save: Path) -> None:
         """See Weights."""
@@ -97,9 +107,10 @@ class HFWeights(Weights):
         self._layout = of_source(self._source, model, self._rows)
         self.args = Namespace(**model.family.megatron_args(model), dms=model.dms)
 
-    def load(self, model: object) -> None:
+    def load(self, models: "list[GPTModel]") -> None:
         """See Weights; only the slices that this rank needs are read."""
-        load_hf_weights(self._wanted(model), self._rows, self._source)
+        for model in models:
+            load_hf_weights(self._wanted(model), self._rows, self._source)
 
     def carry_hf_files(self, save: Path) -> None:
         """See Weights."""

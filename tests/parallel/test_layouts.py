@@ -11,6 +11,7 @@ from retrofit import STEPS, Workspace
 
 Curves = dict[str, list[float]]
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
+CP, VPP = ("--context-parallel-size", "2"), (*PP, "--num-virtual-stages-per-pipeline-rank", "2")
 FULL_RECOMPUTE = (
     "--recompute-granularity",
     "full",
@@ -37,6 +38,18 @@ BACKENDS = {
     "flash": (4, *TP, *PP),
     "triton": (2, *TP, "--sequence-parallel", "--recompute-granularity", "selective"),
 }
+# Of 2 x CP equal parts, as CP 2 and CP 4 need them; still no multiple of a kernel's block.
+LONGER = ("--seq-length", "56")
+LONGER_LAYOUTS = {
+    "cp4_one_kv_head_on_two_ranks": (4, "--context-parallel-size", "4"),
+    "tp2_cp2_sequence_parallel_fused": (4, *TP, *CP, "--sequence-parallel", "--dms-fuse-output-layer"),
+    "cp2_dp2_distributed_optimizer_selective": (
+        *(4, *CP, "--use-distributed-optimizer"),
+        *("--recompute-granularity", "selective", "--recompute-modules", "core_attn"),
+    ),
+    "vpp2_four_microbatches": (2, *VPP, "--micro-batch-size", "1"),
+    "vpp2_cp2_full_recompute": (4, *VPP, *CP, *FULL_RECOMPUTE),
+}
 VARIANTS = {
     "linear_self_teacher": (
         *("--dms-predictor", "linear", "--dms-train", "predictor", "--dms-teacher", "self"),
@@ -55,7 +68,12 @@ VARIANTS = {
         *("--dms-zeroing-steps", "2"),
     ),
 }
-
+VARIANT_LAYOUTS = {  # four processes each
+    "linear_self_teacher": (*TP, *VPP),
+    "key_channel_per_layer_student_teacher": (*TP, *CP),
+    "query_channel_per_layer_rows_only_after_zeroing": (*VPP, *CP),
+    "merging": (*TP, *CP),
+}
 
 VALIDATION = ("--eval-iters", "2", "--eval-interval", str(STEPS))
 VALIDATION_SCALARS = ("KL", "compression loss", "achieved CR (hard)", "LM loss")
@@ -68,6 +86,28 @@ def test_layout_equals_one_process(name: str, workspace: Workspace, reference: C
     are summed over the wrong ranks."""
     assert max(reference["compression loss"]) > 0, "the clamp must be active, or it is not tested"
     assert_same_curves(workspace.run(name, *LAYOUTS[name]), reference, range(STEPS), TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def longer_reference(workspace: Workspace) -> Curves:
+    return workspace.run(
+        "longer_reference", 1, *LONGER, *VALIDATION, "--valid-data-path", str(workspace.data)
+    )
+
+
+@pytest.mark.parametrize("name", LONGER_LAYOUTS)
+def test_context_parallelism_and_virtual_stages_equal_one_process(
+    name: str, workspace: Workspace, longer_reference: Curves
+) -> None:
+    """Validation too. Catches: keys, decisions or noise by the rank's own token numbers, chunks in another
+    order than the rotary table's, a KV head of several ranks that counts several times or never, an account
+    that leaves context-parallel ranks out, gradients that are averaged where they should be summed, a stage
+    that takes another microbatch than its account's, a stage in the middle taken for the last one."""
+    data = ("--valid-data-path", str(workspace.data))
+    curves = workspace.run(name, *LONGER_LAYOUTS[name], *LONGER, *VALIDATION, *data)
+    assert_same_curves(curves, longer_reference, range(STEPS), TOLERANCE)
+    for name in (f"{scalar} validation" for scalar in VALIDATION_SCALARS):
+        assert curves[name] == pytest.approx(longer_reference[name], rel=TOLERANCE), name
 
 
 @pytest.mark.parametrize("name", RECOMPUTE)
@@ -103,13 +143,15 @@ def test_fused_output_layer_equals_logits(layout: tuple, workspace: Workspace, r
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspace) -> None:
     """The same for the other predictors, one decision per layer, the borrowed rows alone, the zeroing phase,
-    the teacher that shares the student's weights: TP 2 x PP 2 against one process. Catches a layer's decision
-    that is not head 0's on every rank, a row that is zeroed or trained on the wrong rank, and a teacher whose
-    activations are cut at the wrong place between stages."""
-    flags = VARIANTS[name]
+    the teacher that shares the student's weights, pairs that are merged: TP, CP or virtual stages against one
+    process. Catches a layer's decision that is not head 0's on every rank, a row that is zeroed or trained on
+    the wrong rank or in one virtual stage only, pairs merged within a rank's part of the sequence only, and a
+    teacher whose activations are cut at the wrong place between stages."""
+    flags = (*VARIANTS[name], *LONGER)
     alone = workspace.run(f"{name}_alone", 1, *flags)
     assert alone["KL"][0] != alone["KL"][-1], "the run must learn something, or gradients are not tested"
-    assert_same_curves(workspace.run(name, 4, *TP, *PP, *flags), alone, range(STEPS), TOLERANCE)
+    curves = workspace.run(name, 4, *VARIANT_LAYOUTS[name], *flags)
+    assert_same_curves(curves, alone, range(STEPS), TOLERANCE)
 
 
 def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:

@@ -78,7 +78,7 @@ def load_both_ways(rank: int, folder: Path, processes: int) -> None:
             load_as_megatron_does([slow for _, slow in pairs], folder / f"{name}_megatron/release")
             for models in pairs:
                 counted = 0
-                weights.load(models[0])
+                weights.load([models[0]])
                 wanted = own_bytes(models[0], weights.args.vocab_size)
                 assert counted == wanted, f"rank {rank}: {counted} bytes read, {wanted} are its own"
                 compare(models, weights.args.vocab_size, f"{name} TP {tp} PP {pp} VPP {virtual} rank {rank}")

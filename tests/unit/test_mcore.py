@@ -101,33 +101,45 @@ def test_borrowed_channel_is_zero_before_and_after_rope(
         torch.testing.assert_close(seen[part].double(), expected[part].detach(), rtol=1e-5, atol=1e-5)
 
 
-def core(rank: int, ranks: int, granularity: str) -> DMSCoreAttention:
-    """Layer 2's core attention on one tensor-parallel rank, of 4 KV heads in all."""
-    tp = SimpleNamespace(size=lambda: ranks, rank=lambda: rank)
+def core(tp: tuple[int, int], cp: tuple[int, int], granularity: str) -> DMSCoreAttention:
+    """Layer 2's core attention on one tensor- and context-parallel (rank, ranks), of 4 KV heads in all."""
+    groups = {
+        name: SimpleNamespace(rank=lambda n=rank: n, size=lambda n=ranks: n)
+        for name, (rank, ranks) in {"tp": tp, "cp": cp}.items()
+    }
     dms = DMSConfig(granularity=granularity, **SETTINGS)
     config = transformer_config(num_query_groups=H)
     mask_type = attention_module.AttnMaskType.causal
-    return DMSCoreAttention(config, 2, mask_type, "self", dms, pg_collection=SimpleNamespace(tp=tp))
+    return DMSCoreAttention(config, 2, mask_type, "self", dms, pg_collection=SimpleNamespace(**groups))
 
 
 @pytest.mark.parametrize("granularity", ["head", "layer"])
 def test_decisions_do_not_depend_on_ranks_or_batches(granularity: str) -> None:
-    """Soft decisions of two tensor-parallel ranks, and of each sample alone, are those of one process, bit
-    for bit. Catches noise by rank: a rank's own head numbers (0, 1) for the global ones (2, 3), the place
-    in the microbatch for the sample's id."""
+    """Soft decisions of two tensor-parallel ranks, of two context-parallel ones, of four that share two
+    heads, and of each sample alone, are those of one process, bit for bit. Catches noise by rank: a rank's
+    own head numbers (0, 1) for the global ones (2, 3), the place in the microbatch for the sample's id."""
     raw = torch.randn(2, H, T, generator=torch.Generator().manual_seed(6))
     shape = ModelShape(LAYERS, H, LAYERS, None)
 
-    def decide(rank: int, ranks: int, samples: tuple[int, ...]) -> Tensor:
+    def decide(
+        heads: slice, tp: tuple[int, int], cp: tuple[int, int], samples: tuple[int, ...] = SAMPLES
+    ) -> Tensor:
         record = microbatch(Phase.SOFT, samples=samples)
         record.account = CompressionAccount(shape, 0.5, record.valid.sum(1).float(), 0.0)
         rows = [SAMPLES.index(sample) for sample in samples]
-        return core(rank, ranks, granularity)._decide(raw[rows].chunk(ranks, dim=1)[rank], record).log_keep
+        return core(tp, cp, granularity)._decide(raw[rows][:, heads], record).log_keep
 
-    whole = decide(0, 1, SAMPLES)
-    assert torch.equal(torch.cat([decide(rank, 2, SAMPLES) for rank in range(2)], dim=1), whole)
+    one, everything = (0, 1), slice(0, H)
+    whole = decide(everything, one, one)
+    for heads, tp, cp in [
+        *((slice(2 * rank, 2 * rank + 2), (rank, 2), one) for rank in range(2)),
+        *((slice(2 * rank, 2 * rank + 2), one, (rank, 2)) for rank in range(2)),
+        *((slice(rank, rank + 1), (rank // 2, 2), (rank % 2, 2)) for rank in range(4)),
+        *((slice(2 + rank // 2, 3 + rank // 2), (1, 2), (rank, 4)) for rank in range(4)),
+    ]:
+        assert torch.equal(decide(heads, tp, cp), whole[:, heads]), (tp, cp)
     for row, sample in enumerate(SAMPLES):
-        assert torch.equal(decide(0, 1, (sample,)), whole[row : row + 1])
+        assert torch.equal(decide(everything, one, one, (sample,)), whole[row : row + 1])
 
 
 # Rows of [query, query, key, value] x 2 KV heads, D = 8 each: the last of each borrowed part.

@@ -46,7 +46,12 @@ def test_a_layer_by_hand() -> None:
     divided = Layout(tp=2, micro=3)
     assert kept_by_layer(PAPER, divided) == 3 * 32 * (4 * stream + (whole - 4 * stream) / 2)
     assert kept_by_layer(PAPER, replace(divided, sp=True)) == 3 * 32 * whole / 2
-    assert kept_by_layer(PAPER, replace(divided, sp=True, cp=4)) == 3 * 8 * whole / 2
+    # the exchange of heads: the kernel's output is not the projection's input; at TP 2 x CP 2, two copies of
+    # keys, values and decisions
+    assert kept_by_layer(PAPER, Layout(cp=2)) == 16 * (whole + out)
+    assert kept_by_layer(ADAPTER, Layout(cp=2)) == 16 * frozen
+    copied = whole + out + 2 * (8 + 8 + 2) + decisions
+    assert kept_by_layer(PAPER, replace(divided, sp=True, cp=2)) == 3 * 16 * copied / 2
     normed = replace(PAPER, model=replace(MODEL, qk_norm=True))
     assert kept_by_layer(normed, Layout()) == 32 * (whole + 2 * 32 + 2 * 16)
     with pytest.raises(ValueError, match="recompute is 'some'"):

@@ -67,8 +67,12 @@ def test_messages_by_hand() -> None:
     assert (border.pp, border.pp_messages) == (4 * 2 * hidden_states, 4)
     assert stage_work(PAPER, Layout(pp=4), 0).pp_messages == 2
     assert stage_work(PAPER, Layout(), 0).pp == 0
-    ring = stage_work(PAPER, Layout(cp=4), 0)
-    assert ring.cp == 4 * 4 * 3 * 2 * 2 * 8 * TOKENS / 4
+    # forward, backward, teacher: 16 channels of queries and of output, 8 of keys and of values; at CP 4 two
+    # ranks share each of the two KV heads
+    two, four = (stage_work(PAPER, Layout(cp=cp), 0) for cp in (2, 4))
+    assert two.cp == 4 * 3 * 2 * (2 * 16 + 2 * 8) * TOKENS / 2 * 1 / 2 and two.cp_messages == 4 * 3 * 3
+    assert four.cp == 4 * 3 * 2 * (2 * 16 + 2 * 2 * 8) * TOKENS / 4 * 3 / 4
+    assert stage_work(PAPER, Layout(cp=2, recompute="selective"), 0).cp == two.cp * 4 / 3
 
 
 def test_moved_bytes_by_hand() -> None:
@@ -80,6 +84,10 @@ def test_moved_bytes_by_hand() -> None:
     teacher = 10 * stream + 2 * qk + gate
     loss = 8 * TOKENS * 128 * 2
     assert stage_work(PAPER, Layout(), 0).memory == 4 * TOKENS * (3 * (teacher + dms) + teacher) + loss
+    parted = 2 * 2 * 2 * (2 * 16 + 2 * 8)  # what is exchanged, packed and unpacked
+    assert stage_work(PAPER, Layout(cp=2), 0).memory == pytest.approx(
+        4 * TOKENS / 2 * (3 * (teacher + dms + parted) + teacher + parted) + loss / 2
+    )
     adapter = teacher + 2 * 16 + 2 * stream
     assert stage_work(ADAPTER, Layout(), 0).memory == 4 * TOKENS * (3 * adapter + teacher) + loss
 

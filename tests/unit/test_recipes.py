@@ -38,10 +38,12 @@ def test_one_node_holds_32k_tokens_of_qwen3_8b() -> None:
 
 @every_recipe
 def test_layouts_are_the_planners(name: str) -> None:
-    """Within 5 % of the fastest that fits. Catches: a layout from before a change."""
+    """Within 5 % of the fastest that fits without context parallelism, which is left to those who have tried
+    it. Catches: a layout from before a change."""
     recipe = RECIPES[name]
     room = replace(DEVICES["h100"], memory=ROOM)
-    best = find_layouts(recipe.setting, recipe.layout.ranks, room, Assumptions()).plans[0]
+    found = find_layouts(recipe.setting, recipe.layout.ranks, room, Assumptions(), {"cp": 1})
+    best = found.plans[0]
     assert recipe.plan.seconds <= 1.05 * best.seconds, best.layout
 
 

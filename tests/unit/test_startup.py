@@ -282,9 +282,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "experts": ("--num-experts 4", ("--num-experts is 4", "expected None", "not supported")),
     "fp8": ("--fp8-format hybrid", ("--fp8-format is hybrid", "expected None", "use --bf16")),
     "dropout": ("--attention-dropout 0.1", ("--attention-dropout is 0.1", "expected 0.0")),
-    "context parallelism": (
-        "--context-parallel-size 2",
-        ("--context-parallel-size is 2", "expected 1", "not implemented yet"),
+    "another exchange between context-parallel ranks": (
+        "--cp-comm-type p2p",
+        ("--cp-comm-type is ['p2p']", "expected ['a2a']"),
     ),
     "a sliding window of Megatron's": ("--window-size 5,0", ("--window-size is (5, 0)", "expected None")),
     "a layer spec of the user's": ("--spec some module", ("--spec is ['some', 'module']", "expected None")),
