@@ -46,17 +46,20 @@ def main() -> None:
     from megatron_dms.training.build import student_config
     from megatron_dms.training.data import train_valid_test_datasets_provider
     from megatron_dms.training.step import RetrofitStep
+    from megatron_dms.training.watchdog import Watchdog, watch_saving
 
-    step = RetrofitStep(dms)
-    model = student_config(args, dms, start, teacher)
-    model.pre_wrap_hooks.append(step.attach)
-    pretrain(
-        pretrain_cfg_container_from_args(args, model),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        step,
-        non_loss_data_func=step.after_validation,
-    )
+    with Watchdog.of_run(dms, args) as watchdog:
+        watch_saving(watchdog)
+        step = RetrofitStep(dms, watchdog)
+        model = student_config(args, dms, start, teacher)
+        model.pre_wrap_hooks.append(step.attach)
+        pretrain(
+            pretrain_cfg_container_from_args(args, model),
+            train_valid_test_datasets_provider,
+            ModelType.encoder_or_decoder,
+            step,
+            non_loss_data_func=step.after_validation,
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 #   launch/torchrun.sh [--dry-run] [--only preflight|train] [--hosts A,B,... --node-rank R] ENV_FILE
 #
 # USR1 or TERM: the run saves at the end of its training step and ends; the same command resumes it.
-# Exit status: 0 done, or saved after a signal; 2 bad input; 3 the preflight failed; else the run's own.
+# Exit status: 0 done, or saved after a signal; 2 bad input; 3 the preflight failed; 6 the watchdog ended the
+# run; else that of the rank that failed first.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -71,10 +72,6 @@ set_env PYTHONPATH "$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 set_env PYTHONUNBUFFERED 1
 set_env OMP_NUM_THREADS "$threads"
 set_env CUDA_DEVICE_MAX_CONNECTIONS 1
-if [ -n "${SLURM_JOB_ID:-}" ]; then # a requeued job goes on with its curve
-    set_env WANDB_RUN_ID "$JOB_NAME-$SLURM_JOB_ID"
-    set_env WANDB_RESUME allow
-fi
 for pair in "${EXPORTS[@]}"; do set_env "${pair%%=*}" "${pair#*=}"; done
 
 ignored=USR1
@@ -86,7 +83,7 @@ fi
 if [ "$only" = preflight ] || [ -n "$stopped" ]; then exit 0; fi
 
 is_host=$((node_rank == 0))
-step python -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" \
+step python -m megatron_dms.launch.elastic --nnodes "$NODES" --nproc-per-node "$GPUS_PER_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:$PORT" --rdzv-id "${SLURM_JOB_ID:-retrofit}" \
     --rdzv-conf "is_host=$is_host,join_timeout=$((2 * PREFLIGHT_TIMEOUT))" \
     --local-addr "${nodes[node_rank]}" \

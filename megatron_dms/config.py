@@ -136,6 +136,25 @@ class DMSConfig:
         "triton: keys whose log(1 - alpha) is below this are not read beyond their window; < 0, in nats",
         scope="run",
     )
+    start_limit: float = _setting(
+        1800.0,
+        "watchdog: seconds from the start to the first microbatch; 0 = no limit; see docs/cluster.md",
+        scope="run",
+    )
+    step_limit: float = _setting(
+        480.0,
+        "watchdog: seconds in which a rank must begin another microbatch, of training or validation, the "
+        "first with its compilation too; 0 = no limit",
+        scope="run",
+    )
+    save_limit: float = _setting(
+        1800.0, "watchdog: seconds that saving a checkpoint may take; 0 = no limit", scope="run"
+    )
+    heartbeat_limit: float = _setting(
+        120.0,
+        "watchdog: seconds without a heartbeat after which a rank is lost; 0 = no limit",
+        scope="run",
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -162,6 +181,8 @@ class DMSConfig:
                 f"{self.attention_backend}: only triton leaves keys out; drop it"
             )
         self._require(self.importance_scale > 0, "importance_scale", "> 0")
+        for name in ("start_limit", "step_limit", "save_limit", "heartbeat_limit"):
+            self._require(getattr(self, name) >= 0, name, ">= 0 seconds")
         self._check_method()
         if self.zeroing_steps and not self.borrows_channel:
             raise ValueError(

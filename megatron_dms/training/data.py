@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_dms.training.data_arguments import DataConfig, Source, data_config
-from megatron_dms.training.token_files import DataError, check_pair, loss_mask_prefix
+from megatron_dms.training.token_files import DataError, TokenFile, check_pair, loss_mask_prefix
 
 __all__ = ["ChatDataset", "DataError", "build_datasets", "check_pair", "train_valid_test_datasets_provider"]
 
@@ -68,9 +67,8 @@ class ChatDataset(torch.utils.data.Dataset):
         self.pad_token = pad_token
         self.vocab_size = vocab_size
         self.split = split
-        self.tokens = IndexedDataset(prefix, mmap=True)
-        self.mask = IndexedDataset(loss_mask_prefix(prefix), mmap=True)
-        lengths = self.tokens.sequence_lengths
+        self.tokens, self.mask = TokenFile(prefix), TokenFile(loss_mask_prefix(prefix))
+        lengths = self.tokens.lengths
         self.first_document, stop = documents if documents is not None else (0, len(lengths))
         targets = np.maximum(lengths[self.first_document : stop].astype(np.int64) - 1, 0)
         # first_sample[d] is the number of samples before document d of this split; [documents + 1]
@@ -112,7 +110,8 @@ class ChatDataset(torch.utils.data.Dataset):
             [] int64, `index` itself.
 
         Raises:
-            IndexError: outside the run. DataError: a token id beyond the vocabulary.
+            IndexError: outside the run. DataError: a token id beyond the vocabulary; a file that is no longer
+                what it was, or cannot be read.
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"found sample {index}, expected 0 to {self.num_samples - 1}")
@@ -120,9 +119,9 @@ class ChatDataset(torch.utils.data.Dataset):
         document = int(np.searchsorted(self.first_sample, sample, side="right")) - 1
         begin = (sample - int(self.first_sample[document])) * self.seq_length
         document += self.first_document
-        count = min(self.seq_length + 1, int(self.tokens.sequence_lengths[document]) - begin)
-        ids = self.tokens.get(document, begin, count)  # [count]: `count − 1` inputs and the last label
-        mask = self.mask.get(document, begin, count)
+        count = min(self.seq_length + 1, int(self.tokens.lengths[document]) - begin)
+        ids = self.tokens.read(document, begin, count)  # [count]: `count − 1` inputs and the last label
+        mask = self.mask.read(document, begin, count)
         if self.vocab_size is not None and (ids.max() >= self.vocab_size or ids.min() < 0):
             raise DataError(
                 f"{self.prefix}.bin: found token id {ids.max()} in document {document}, expected ids from 0 "
@@ -214,8 +213,7 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 
 def _documents(source: Source) -> tuple[int, int] | None:
     """The documents of a split; None where its part of the data is less than one."""
-    check_pair(source.prefix)  # before Megatron's reader, which asserts where it should explain
-    first, stop = source.documents(len(IndexedDataset(source.prefix).sequence_lengths))
+    first, stop = source.documents(len(TokenFile(source.prefix).lengths))
     return (first, stop) if stop > first else None
 
 

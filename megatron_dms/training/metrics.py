@@ -31,6 +31,17 @@ def schedule_text(dms: DMSConfig) -> str:
     return f" DMS schedule: {fading}{steps} (a checkpoint saved then is the model of that ratio)"
 
 
+def optimizer_text(optimizer: Any) -> str:
+    """Whose optimizer steps, for the log: Transformer Engine's or Apex's fused one, or torch's.
+
+    Args:
+        optimizer: Megatron's, around it; for several groups of parameters, several chained.
+    """
+    inner = {type(part.optimizer) for part in getattr(optimizer, "chained_optimizers", [optimizer])}
+    names = sorted(f"{kind.__module__.split('.')[0]}'s {kind.__name__}" for kind in inner)
+    return f" optimizer: {', '.join(names)}"
+
+
 def pair(numerator: Tensor, denominator: Tensor | float) -> Tensor:
     """A reported scalar, [2] fp32 on the numerator's device: nothing waits for the device here."""
     numerator = numerator.detach().float()

@@ -68,6 +68,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
     from megatron_dms.checkpoint import CheckpointError
     from megatron_dms.training.data_arguments import validate_data_args
     from megatron_dms.training.layout import check_heads_and_layers, check_layout
+    from megatron_dms.training.run_log import mirror_metrics, open_run_log
     from megatron_dms.training.token_files import DataError
 
     try:
@@ -94,7 +95,11 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
         args.load = None if args.load and Path(args.load) == start.folder else args.load
     try:
         validate_args(args, {})
+        mirror = open_run_log(args, start.iteration if continues else 0)
         set_global_variables(args)
+        mirror_metrics(mirror)
+    except OSError as error:
+        raise StartupError(f"the logs cannot be written: {error}") from error
     except (AssertionError, ValueError, RuntimeError) as error:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
         raise StartupError(f"Megatron refuses these flags: {said}") from error

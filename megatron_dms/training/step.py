@@ -43,10 +43,12 @@ from megatron_dms.training.metrics import (
     compression_reports,
     draw_kept_fraction,
     layer_extremes,
+    optimizer_text,
     pair,
     schedule_text,
 )
 from megatron_dms.training.trainable import zero_borrowed_rows
+from megatron_dms.training.watchdog import STEP, VALIDATION, Watchdog
 
 _Queue = deque[tuple[dict[str, Tensor], Microbatch]]
 
@@ -54,8 +56,9 @@ _Queue = deque[tuple[dict[str, Tensor], Microbatch]]
 class RetrofitStep:
     """Megatron's `forward_step_func`, with the retrofit's schedule and meters."""
 
-    def __init__(self, dms: DMSConfig) -> None:
+    def __init__(self, dms: DMSConfig, watchdog: Watchdog) -> None:
         self.dms = dms
+        self._watchdog = watchdog
         self._shape: ModelShape | None = None  # set by attach(), like the next two
         self._models: list[torch.nn.Module] = []  # this rank's virtual stages, one without them
         self._queues: list[_Queue] = []  # what each of them has yet to work on
@@ -78,9 +81,11 @@ class RetrofitStep:
 
     def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run one microbatch: -> (output for the next stage or the loss, the loss function)."""
+        training = model.training
+        self._watchdog.beat(STEP if training else VALIDATION, self._iteration(training) + 1)
         batch, microbatch = self._next(data_iterator, model)
         fused = {}
-        if model.training and self.dms.fuse_output_layer:
+        if training and self.dms.fuse_output_layer:
             fused["output_processor"] = FusedDistillation(self.dms, batch["loss_mask"], get_args().vocab_size)
         output = model(
             batch["tokens"],
@@ -112,13 +117,16 @@ class RetrofitStep:
         tokens = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
         dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         self._target_tokens = tokens.clamp(min=1)
+        # Megatron hands out its optimizer nowhere; the bound method it leaves in the model's config is the
+        # one way to reach it (megatron-core 0.19.2).
+        optimizer = config.grad_scale_func.__self__
+        if self._finished is None:
+            print_rank_0(optimizer_text(optimizer))
         self._finished = get_args().curr_iteration + 1
         if self.dms.zeroing_steps and get_args().curr_iteration == self.dms.zeroing_steps:
             for model in self._models:
                 zero_borrowed_rows(model, self.dms)
-            # Masters in higher precision must follow. Megatron hands out its optimizer nowhere; the bound
-            # method it leaves in the model's config is the one way to reach it (megatron-core 0.19.2).
-            config.grad_scale_func.__self__.reload_model_params()
+            optimizer.reload_model_params()  # masters in higher precision must follow
         return batches
 
     def _iteration(self, training: bool) -> int:

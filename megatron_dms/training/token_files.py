@@ -10,6 +10,7 @@ Nothing here imports Megatron or torch, so a launcher can check its data in well
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,49 @@ class DataError(ValueError):
 def loss_mask_prefix(prefix: str) -> str:
     """Prefix of the loss-mask files that belong to the token files `prefix`."""
     return f"{prefix}_loss_mask"
+
+
+class TokenFile:
+    """One .bin/.idx pair, for reading.
+
+    By plain reads and not by a memory map: where a mapped file is cut short, or its disk fails, a bus error
+    kills the process, and nobody learns which file it was. The index is in memory.
+
+    Raises:
+        DataError: as check_pair, for this pair.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        index = _read_index(prefix)
+        self.path = Path(f"{prefix}.bin")
+        self.lengths = np.array(index.lengths)
+        """[documents] int32, in entries."""
+        self._dtype = np.dtype(index.dtype)
+        self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        self._file = self.path.open("rb", buffering=0)
+
+    def __reduce__(self) -> tuple[type[TokenFile], tuple[str]]:
+        """A data loader's worker that is spawned opens it anew."""
+        return TokenFile, (str(self.path.with_suffix("")),)
+
+    def read(self, document: int, begin: int, count: int) -> np.ndarray:
+        """`count` entries of a document, from its entry `begin`.
+
+        Raises:
+            DataError: the file cannot be read, or is shorter than its index says.
+        """
+        size = self._dtype.itemsize
+        offset = int(self._starts[document] + begin) * size
+        try:
+            data = os.pread(self._file.fileno(), count * size, offset)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}") from error
+        if len(data) < count * size:
+            raise DataError(
+                f"{self.path}: found {len(data)} bytes at byte {offset}, expected {count * size}: the file "
+                "was cut short since the run started"
+            )
+        return np.frombuffer(data, self._dtype)
 
 
 @dataclass(frozen=True)

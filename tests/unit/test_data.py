@@ -3,6 +3,8 @@ files."""
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import time
 from argparse import ArgumentParser, Namespace
@@ -20,7 +22,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron_dms.training import data, data_arguments
 from megatron_dms.training.data import ChatDataset, build_datasets, train_valid_test_datasets_provider
 from megatron_dms.training.data_arguments import DataConfig, Source, data_config, validate_data_args
-from megatron_dms.training.token_files import DataError, check_pair
+from megatron_dms.training.token_files import DataError, TokenFile, check_pair
 
 
 def write_set(folder: Path, documents: list[list[int]], masks: list[list[int]] | None = None) -> str:
@@ -335,3 +337,25 @@ def test_names_are_in_one_place() -> None:
     assert {"ChatDataset", "DataError", "check_pair", "train_valid_test_datasets_provider"} <= set(
         data.__all__
     )
+
+
+def test_a_file_that_dies_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut short, unreadable, removed. Catches: a memory map (the test would die of a bus error), garbage in
+    place of missing bytes, an error without the file's name, a reader that a worker cannot be given."""
+    prefix = write_set(tmp_path, [[1, 2, 3], [4, 5, 6, 7]])
+    tokens = TokenFile(prefix)
+    assert list(tokens.read(1, 1, 2)) == list(pickle.loads(pickle.dumps(tokens)).read(1, 1, 2)) == [5, 6]
+    path = Path(f"{prefix}.bin")
+    os.truncate(path, 10)
+    assert list(tokens.read(0, 0, 3)) == [1, 2, 3]
+    with pytest.raises(DataError, match=rf"{path}: found 2 bytes at byte 8, expected 6: .* cut short"):
+        tokens.read(1, 1, 3)
+    path.unlink()
+    assert list(tokens.read(0, 0, 3)) == [1, 2, 3]  # an open file outlives its name
+
+    def fails(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(DataError, match=rf"{path}: cannot be read at byte 0: Input/output error"):
+        tokens.read(0, 0, 3)

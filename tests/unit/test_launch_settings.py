@@ -87,7 +87,7 @@ def test_the_dry_run_shows_all_and_runs_nothing(tmp_path: Path) -> None:
         line.split()[1].split("=")[0]: line.split("=", 1)[1] for line in lines if line[:7] == "export "
     }
     assert exported["NCCL_DEBUG"] == "INFO" and exported["OMP_NUM_THREADS"] == "16"
-    assert exported["PATH"].startswith("/some/venv/bin:") and "WANDB_RUN_ID" in exported
+    assert exported["PATH"].startswith("/some/venv/bin:")
     sbatch = next(line for line in lines if line.startswith("sbatch"))
     for option in ("--signal=B:USR1@600", "--requeue", "--gpus-per-node=2", "--account=me"):
         assert f" {option} " in sbatch

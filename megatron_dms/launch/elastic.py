@@ -1,0 +1,24 @@
+"""torchrun, ending with the status of the rank that failed first, where torchrun itself always says 1.
+
+    python -m megatron_dms.launch.elastic [torchrun's options] SCRIPT [its options]
+
+A rank that a signal ended gives 128 + the signal, as in a shell.
+"""
+
+import sys
+
+
+def main() -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun()
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)
+        status = error.get_first_failure()[1].exitcode
+        raise SystemExit(status if status > 0 else 128 - status) from None
+
+
+if __name__ == "__main__":
+    main()
