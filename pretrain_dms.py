@@ -33,7 +33,7 @@ def main() -> None:
     except StartupError as error:
         # One line for each node, as a file may be missing on one of them only. torchrun ends all ranks as
         # soon as one fails, so those that say nothing wait for the one that speaks.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if error.one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"pretrain_dms.py: error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_RANKS_WAIT)
@@ -44,12 +44,13 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_dms.training.build import student_config
+    from megatron_dms.training.checkpoints import Checkpoints
     from megatron_dms.training.data import train_valid_test_datasets_provider
     from megatron_dms.training.step import RetrofitStep
-    from megatron_dms.training.watchdog import Watchdog, watch_saving
+    from megatron_dms.training.watchdog import Watchdog
 
     with Watchdog.of_run(dms, args) as watchdog:
-        watch_saving(watchdog)
+        Checkpoints(dms.keep_checkpoints, start is None, watchdog).install()
         step = RetrofitStep(dms, watchdog)
         model = student_config(args, dms, start, teacher)
         model.pre_wrap_hooks.append(step.attach)

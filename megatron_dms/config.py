@@ -156,6 +156,12 @@ class DMSConfig:
         scope="run",
     )
 
+    keep_checkpoints: int = _setting(
+        0,
+        "finished checkpoints that stay in --save once a new one is verified, that one among them; 0 = all",
+        scope="run",
+    )
+
     def __post_init__(self) -> None:
         for item in fields(self):
             choices, value = item.metadata["choices"], getattr(self, item.name)
@@ -175,6 +181,7 @@ class DMSConfig:
         self._require(self.zeroing_steps >= 0, "zeroing_steps", ">= 0 steps")
         self._require(self.kl_temperature > 0, "kl_temperature", "> 0")
         self._require(self.attention_threshold < 0, "attention_threshold", "< 0")
+        self._require(self.keep_checkpoints >= 0, "keep_checkpoints", ">= 0 (0 = all)")
         if self.attention_threshold != THRESHOLD and self.attention_backend not in ("auto", "triton"):
             raise ValueError(
                 f"--dms-attention-threshold {self.attention_threshold} with --dms-attention-backend "

@@ -77,7 +77,7 @@ def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
                 "choose another disk"
             )
         yield partial
-        _take_place(partial, target)
+        take_place(partial, target)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -92,7 +92,7 @@ def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
                     path.rmdir()
 
 
-def _take_place(partial: Path, target: Path) -> None:
+def take_place(partial: Path, target: Path) -> None:
     """Rename; an existing target and `partial` change places in one step, so that neither is ever missing.
 
     Where the system or the file system cannot do that (Linux' renameat2 can, on ext4, xfs, btrfs and tmpfs),

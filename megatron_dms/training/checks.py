@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
 
 _ANOTHER_MODEL = "it would be another model than the checkpoint's"
+_OURS = "every checkpoint is verified before it counts and before it is loaded; see docs/survival.md"
 _UNEVEN = "stages must hold equally many layers"
 _EIGHT_BITS = "nobody has measured what so coarse a rounding does to eviction decisions; use --bf16"
 
@@ -55,6 +56,17 @@ _UNSUPPORTED = {
     "decoder_first_pipeline_num_layers": (None, _UNEVEN),
     "decoder_last_pipeline_num_layers": (None, _UNEVEN),
     "pipeline_model_parallel_layout": (None, _UNEVEN),
+    "save_retain_interval": (
+        None,
+        "old checkpoints are removed by --dms-keep-checkpoints, once the new is verified",
+    ),
+    "non_persistent_save_interval": (None, "such checkpoints are not verified"),
+    "non_persistent_ckpt_type": (None, "such checkpoints are not verified"),
+    "ckpt_format": ("torch_dist", _OURS),
+    "ckpt_convert_format": (None, _OURS),
+    "verify_integrity": (False, f"rank 0 alone would read everything once more: {_OURS}"),
+    "async_strategy": ("mcore", "the only one whose saves are verified"),
+    "use_persistent_ckpt_worker": (False, "a save would wait for ever for such a worker that has died"),
     "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
     "fp8": (None, _EIGHT_BITS),
     "fp4": (None, _EIGHT_BITS),
@@ -64,7 +76,14 @@ _FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # those that are not ca
 
 
 class StartupError(ValueError):
-    """A mistake in flags, checkpoint or data: one line that says what was found, expected, and the fix."""
+    """A mistake in flags, checkpoint or data: one line that says what was found, expected, and the fix.
+
+    one_rank: whether one rank alone meets it, so that no other can say it.
+    """
+
+    def __init__(self, line: str, one_rank: bool = False) -> None:
+        super().__init__(line)
+        self.one_rank = one_rank
 
 
 def check_supported(args: Namespace) -> None:

@@ -30,17 +30,25 @@ class MetricsFile:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept, self.dropped = _lines_until(path, step)
-        temporary = path.with_name(f"{path.name}.new")
+        self.dropped = self._open(step)
+
+    def _open(self, step: int) -> int | None:
+        """Keep the lines up to `step` -> the last step of the others, None if there were none."""
+        kept, dropped = _lines_until(self.path, step)
+        temporary = self.path.with_name(f"{self.path.name}.new")
         temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, path)
-        self._file = path.open("r+b", buffering=0)
-        self._begin = self._file.seek(0, os.SEEK_END)  # of the line under way
-        self._line: dict[str, Any] = {}
+        os.replace(temporary, self.path)
+        self._file = self.path.open("r+b", buffering=0)
+        # The line under way: a finished run that is started once more validates at its last step again.
+        self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {"step": -1}
+        self._begin = sum(map(len, kept[:-1]))
+        return dropped
 
     def add(self, name: str, value: float, step: int) -> None:
         """Put one scalar into the line of its step, the last one or a new one."""
-        if self._line.get("step") != step:
+        if step < self._line["step"]:  # the checkpoint was damaged, and the one before it was resumed
+            self._open(step - 1)
+        if step > self._line["step"]:
             self._begin = self._file.seek(0, os.SEEK_END)
             self._line = {"step": step}
         number = float(value)

@@ -94,12 +94,16 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
         args.pretrained_checkpoint = None
         args.load = None if args.load and Path(args.load) == start.folder else args.load
     try:
+        # Megatron drops --async-save without a persistent worker; one process per save, forked when the
+        # tensors are in main memory, is still in it (megatron-core 0.19.2) and is a snapshot on CPU, too.
+        asynchronous, args.async_save = args.async_save, False
         validate_args(args, {})
+        args.async_save = asynchronous
         mirror = open_run_log(args, start.iteration if continues else 0)
         set_global_variables(args)
         mirror_metrics(mirror)
     except OSError as error:
-        raise StartupError(f"the logs cannot be written: {error}") from error
+        raise StartupError(f"the logs cannot be written: {error}", one_rank=True) from error
     except (AssertionError, ValueError, RuntimeError) as error:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
         raise StartupError(f"Megatron refuses these flags: {said}") from error
@@ -129,7 +133,7 @@ def _prepare_parser(
         help="start a retrofit from the weights of this HF folder, without a conversion before",
     )
     parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
-    parser.set_defaults(cp_comm_type=["a2a"])
+    parser.set_defaults(cp_comm_type=["a2a"], async_strategy="mcore")
     if find_spec("transformer_engine") is None:
         parser.set_defaults(**LOCAL_DEFAULTS)
     if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex
@@ -174,16 +178,19 @@ def starting_point(args: Namespace) -> tuple["Weights", bool]:
 
     A retrofit that was begun is resumed, whatever it started from: the same command line does both.
     """
+    from megatron_dms.checkpoint.finished import resume_point
     from megatron_dms.checkpoint.megatron_folder import RELEASE, TRACKER
     from megatron_dms.training.weights import HFWeights, MegatronWeights
 
     def finished(folder: str | None) -> bool:
         return bool(folder) and (Path(folder) / TRACKER).is_file()
 
-    if finished(args.load):
-        continues = not args.finetune and (Path(args.load) / TRACKER).read_text().strip() != RELEASE
+    newest, _ = resume_point(Path(args.load)) if args.load else (None, {})
+    if newest is not None:
+        continues = not args.finetune and newest != RELEASE
         if continues or not args.load_hf:
-            return MegatronWeights(Path(args.load), args.ckpt_step), continues
+            iteration = newest if continues and args.ckpt_step is None else args.ckpt_step
+            return MegatronWeights(Path(args.load), iteration), continues
     given = {
         "--load-hf": args.load_hf,
         "--pretrained-checkpoint": args.pretrained_checkpoint,

@@ -23,9 +23,8 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from functools import wraps
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -333,21 +332,6 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
     def _exit(self) -> None:
         os._exit(EXIT)
-
-
-def watch_saving(watchdog: Watchdog) -> None:
-    """Tell the watchdog when Megatron saves. It has no hook for that (megatron-core 0.19.2), so the function
-    that its training loop calls is replaced."""
-    from megatron.training import training
-
-    save: Callable[..., Any] = training.save_checkpoint
-
-    @wraps(save)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with watchdog.phase(SAVE):
-            return save(*args, **kwargs)
-
-    training.save_checkpoint = watched
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:

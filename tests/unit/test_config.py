@@ -30,6 +30,7 @@ OTHER: dict[str, Any] = {
     "fuse_output_layer": True,
     "attention_backend": "triton",
     "attention_threshold": -25.0,
+    "keep_checkpoints": 3,
     **{"start_limit": 60.0, "step_limit": 30.0, "save_limit": 0.0, "heartbeat_limit": 15.0},
     "method": "evict",  # merging goes with one set of these settings, see test_merging_from_the_command_line
     "importance_scale": 1.0,
@@ -40,7 +41,7 @@ MERGE = {
     **{"method": "merge", "predictor": "key_channel", "window": 0},
     **{"importance_scale": 2.0, "importance_offset": 0.5},
 }
-RUN_FIELDS = {"attention_backend", "attention_threshold", "fuse_output_layer"}
+RUN_FIELDS = {"attention_backend", "attention_threshold", "fuse_output_layer", "keep_checkpoints"}
 RUN_FIELDS |= {"start_limit", "step_limit", "save_limit", "heartbeat_limit"}
 MODEL_FIELDS = {"predictor", "granularity", "alpha_scale", "alpha_offset", "window", "lag", "temperature"}
 MODEL_FIELDS |= {"method", "importance_scale", "importance_offset"}
@@ -59,6 +60,7 @@ def test_the_defaults() -> None:
         **{"train": "all", "teacher": None, "kl_temperature": 1.0},
         **{"fuse_output_layer": False, "attention_backend": "auto", "attention_threshold": -40.0},
         **{"method": "evict", "importance_scale": 1.0, "importance_offset": 0.0},
+        **{"keep_checkpoints": 0},
         **{"start_limit": 1800.0, "step_limit": 480.0, "save_limit": 1800.0, "heartbeat_limit": 120.0},
     }
 
@@ -84,6 +86,7 @@ def test_the_defaults() -> None:
         ("kl_temperature", 0.0, "0.0, expected > 0"),
         ("attention_threshold", 0.0, "0.0, expected < 0"),
         ("importance_scale", 0.0, "0.0, expected > 0"),
+        ("keep_checkpoints", -1, "-1, expected >= 0 (0 = all)"),
         ("step_limit", -1.0, "-1.0, expected >= 0 seconds"),
         ("method", "pool", "'pool', expected one of evict, merge"),
         ("attention_backend", "fast", "'fast', expected one of auto, dense, flash, flex, triton"),

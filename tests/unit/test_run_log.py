@@ -46,7 +46,8 @@ def test_one_line_per_step_at_any_time(tmp_path: Path) -> None:
 
 def test_resuming_drops_what_came_after(tmp_path: Path) -> None:
     """Catches: a torn line kept, or the lines up to the step dropped; a first line that is taken for the last
-    one's continuation."""
+    one's continuation; a finished run's last line lost as it is validated again; old lines that stay where a
+    checkpoint turned out damaged and an older one was resumed."""
     path = tmp_path / "metrics.jsonl"
     path.write_text(
         '{"step": 2, "time": 2e9}\n{"step": 4, "time": 2e9}\n{"step": 6, "time": 2e9}\n{"step": 8, "ti'
@@ -55,7 +56,13 @@ def test_resuming_drops_what_came_after(tmp_path: Path) -> None:
     assert mirror.dropped == 6 and [line["step"] for line in read(path)] == [2, 4]
     mirror.add("loss", 0.5, 5)
     assert read(path)[1:] == [{"step": 4}, {"step": 5, "loss": 0.5}]
-    assert MetricsFile(path, 5).dropped is None and len(read(path)) == 3
+    mirror = MetricsFile(path, 5)
+    assert mirror.dropped is None and len(read(path)) == 3
+    mirror.add("KL validation", 1.0, 5)
+    assert read(path)[2:] == [{"step": 5, "loss": 0.5, "KL validation": 1.0}]
+    mirror.add("loss", 0.25, 4)
+    assert read(path) == [{"step": 2}, {"step": 4, "loss": 0.25}]
+    mirror.add("loss", 0.125, 5)
     assert MetricsFile(path, 0).dropped == 5 and not read(path)
 
 
