@@ -133,7 +133,9 @@ def page(model: Model) -> str:
     recipes = {name: model.recipe(name) for name in RECIPES}
     columns = [settings(recipe) | figures(recipe) for recipe in recipes.values()]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
-    notes = textwrap.fill(model.notes, 120, break_long_words=False, break_on_hyphens=False)
+    gpqa = "GPQA is gated: accept its terms on the hub and `hf auth login` first, or leave it out."
+    notes = " ".join([model.notes] + [gpqa] * ("gpqa" in model.tasks))
+    notes = textwrap.fill(notes, 120, break_long_words=False, break_on_hyphens=False)
     text = model.data == "text"
     jsonl = f"data/openr1{'-text' * text}.jsonl"
     values = {

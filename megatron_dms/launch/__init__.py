@@ -1,1 +1,1 @@
-"""Before a job burns hours: what every node must hold, checked on every node (preflight.py)."""
+"""Around a job: the preflight, torchrun's exit status, a check by kills."""

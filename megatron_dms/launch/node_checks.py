@@ -116,7 +116,7 @@ def check_data(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
     return findings, facts
 
 
-def check_layout(flags: Namespace, world: int) -> list[Finding]:
+def check_processes(flags: Namespace, world: int) -> list[Finding]:
     """World size against TP x PP x CP, and the global batch against the data parallel size that is left."""
     tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
     cp = flags.context_parallel_size

@@ -112,7 +112,7 @@ class Preflight:
             *data,
         ]
         if self.node_rank == 0:  # it would say the same everywhere
-            findings += node_checks.check_layout(flags, self.world)
+            findings += node_checks.check_processes(flags, self.world)
         facts = {"files": weights | tokens, "versions": node_checks.versions(self.device)}
         return NodeReport(self.node, findings, facts)
 

@@ -150,7 +150,7 @@ class ResumeCheck:
         self.found = Found()
         self._random = random.Random(plan.seed)
         self._life: _Life | None = None
-        self._until_saving = self._saving = 0.0  # seconds, measured in the uninterrupted run
+        self._until_saving = self._saving = self._between = 0.0  # seconds, measured in the uninterrupted run
 
     def run(self) -> tuple[int, list[str]]:
         """-> (tensors compared, names of those that differ). Raises CheckFailed."""

@@ -36,7 +36,7 @@ class HeadExchange:
     """Between a rank's tokens of all heads and all tokens of a rank's heads.
 
     C ranks, H query heads and G KV heads on each before the exchange; C must divide H, and divide G or be
-    divided by it (training/checks.py).
+    divided by it (training/layout.py).
 
     Attributes:
         groups: KV heads of a rank inside attention, G / C, or 1 where several ranks share it.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from megatron_dms.ops.schedule import CompressionSchedule
 from megatron_dms.planning.devices import Assumptions, Device
 from megatron_dms.planning.memory import Memory, peak_memory
-from megatron_dms.planning.setting import Layout, Setting, layouts
+from megatron_dms.planning.setting import RECOMPUTE, Layout, Setting, layouts
 from megatron_dms.planning.step_time import StepTime, step_time
 
 
@@ -82,10 +82,7 @@ def find_layouts(
 
 def with_recompute(setting: Setting, plan: Plan, device: Device, assumed: Assumptions) -> list[Plan]:
     """The plan's layout under each setting of recompute."""
-    return [
-        plan_layout(setting, replace(plan.layout, recompute=name), device, assumed)
-        for name in ("none", "selective", "full")
-    ]
+    return [plan_layout(setting, replace(plan.layout, recompute=name), device, assumed) for name in RECOMPUTE]
 
 
 def steps_to(cr: float, steps_per_cr: float, zeroing_steps: int) -> int:

@@ -9,7 +9,6 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_dms.config import DMSConfig
-from megatron_dms.platform import cpu
 
 if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
@@ -155,6 +154,8 @@ def warn_if_not_zeroed(dms: DMSConfig, start: "Weights") -> None:
 
 def check_attention_backend(args: Namespace, dms: DMSConfig) -> None:
     """The named back-end can train on this machine (Triton's interpreter counts: tests run in it)."""
+    from megatron_dms.platform import cpu  # imports torch
+
     name = dms.attention_backend
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if cpu.installed() and name in ("flex", "triton") and not interpreted:

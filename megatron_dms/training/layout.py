@@ -53,15 +53,15 @@ def virtual_stages(args: Namespace) -> int:
 
 
 def check_heads_and_layers(args: Namespace, model: Namespace, whose: str = "the model") -> None:
-    """Heads and layers of a model (the student's or the teacher's arguments) divide by the run's layout."""
+    """Heads, MLP channels, layers of a model (the student's or the teacher's) divide by the layout."""
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    for name in ("num_attention_heads", "num_query_groups"):
-        heads = getattr(model, name)
-        if heads % tp:
-            fewer = ": several ranks would share one KV head's decision" if heads < tp else ""
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(model, name)
+        if size % tp:
+            fewer = ": several ranks would share one KV head's decision" if size < tp else ""
             raise StartupError(
-                f"--tensor-model-parallel-size is {tp}, but {whose} has {name} = {heads}, which it must "
-                f"divide{fewer}; use a divisor of {heads}"
+                f"--tensor-model-parallel-size is {tp}, but {whose} has {name} = {size}, which it must "
+                f"divide{fewer}; use a divisor of {size}"
             )
     heads, groups = model.num_attention_heads // tp, model.num_query_groups // tp
     possible = [c for c in range(1, heads + 1) if heads % c == 0 and (groups % c == 0 or c % groups == 0)]

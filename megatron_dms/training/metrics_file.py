@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_dms.checkpoint.durable import write_durably
+
 NAME = "metrics.jsonl"
 _BY_SAMPLES = " vs samples"  # Megatron logs each scalar once more over the number of samples; no step there
 
@@ -35,9 +37,7 @@ class MetricsFile:
     def _open(self, step: int) -> int | None:
         """Keep the lines up to `step` -> the last step of the others, None if there were none."""
         kept, dropped = _lines_until(self.path, step)
-        temporary = self.path.with_name(f"{self.path.name}.new")
-        temporary.write_bytes(b"".join(kept))
-        os.replace(temporary, self.path)
+        write_durably(self.path, b"".join(kept).decode())
         self._file = self.path.open("r+b", buffering=0)
         # The line under way: a finished run that is started once more validates at its last step again.
         self._line: dict[str, Any] = json.loads(kept[-1]) if kept else {"step": -1}

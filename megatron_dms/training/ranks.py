@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_dms.checkpoint import CheckpointError
 
-SILENT_RANKS_WAIT = 20  # seconds at most: torchrun ends the wait once the rank that speaks has ended
+_LET_SPEAK = 20  # seconds at most: torchrun ends the wait once the rank that speaks has ended
 _FAILURES = (OSError, CheckpointError)
 
 
@@ -64,17 +64,17 @@ def ends_with_a_line(what: str) -> Iterator[None]:
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         told = FailedElsewhere, CheckpointException  # of the latter, rank 0 alone gets the failures
         if isinstance(error, told) and not getattr(error, "failures", None):
-            time.sleep(SILENT_RANKS_WAIT)
+            time.sleep(_LET_SPEAK)
         else:
-            line = f"pretrain_dms.py: error: rank {dist.get_rank()}: {what}: {cause(error)}"
+            line = f"pretrain_dms.py: error: rank {dist.get_rank()}: {what}: {root_cause(error)}"
             print(" ".join(line.split()), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
 
 
-def cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What lies at the bottom of an exception: the operating system's word if there is one."""
     if isinstance(error, CheckpointException):
-        failures = {rank: cause(inner) for rank, (inner, _) in error.failures.items()}
+        failures = {rank: root_cause(inner) for rank, (inner, _) in error.failures.items()}
         # Megatron puts "Worker failure: An error is caught while starting worker 0, error: " before it.
         return "; ".join(f"rank {rank}: {text.rpartition(' error: ')[2]}" for rank, text in failures.items())
     below: BaseException | None = error

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_dms.checkpoint.durable import write_durably
 from megatron_dms.training.metrics_file import NAME, MetricsFile, MirroringWriter
 
 RUN_ID = "wandb_run_id"
@@ -57,9 +58,7 @@ def _choose_wandb_run(args: Namespace, step: int, rewind: bool) -> None:
         kept = ""  # a new retrofit beside the checkpoints of another: that one's run stays what it is
     run = os.environ.get("WANDB_RUN_ID") or kept or os.urandom(4).hex()
     if run != kept:
-        temporary = path.with_name(f"{RUN_ID}.new")
-        temporary.write_text(f"{run}\n")
-        os.replace(temporary, path)
+        write_durably(path, f"{run}\n")
     os.environ["WANDB_RUN_ID"] = run
     if step == 0 or "WANDB_RESUME" in os.environ or "WANDB_RESUME_FROM" in os.environ:
         return  # from step 0 the run begins anew under its id, its old points dropped

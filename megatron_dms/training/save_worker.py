@@ -17,7 +17,7 @@ from torch import multiprocessing
 
 from megatron_dms.checkpoint.manifest import digest
 from megatron_dms.platform.orphans import end_with_parent
-from megatron_dms.training.ranks import cause
+from megatron_dms.training.ranks import root_cause
 
 
 def install(writer: ModuleType) -> None:
@@ -32,7 +32,7 @@ def install(writer: ModuleType) -> None:
         found = write(*args, **named)
         if isinstance(found[1], Exception):
             path = named["write_bucket"][0]
-            raise RuntimeError(f"{path} could not be written: {cause(found[1])}") from found[1]
+            raise RuntimeError(f"{path} could not be written: {root_cause(found[1])}") from found[1]
         return found
 
     writer.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_preloaded_data)

@@ -120,7 +120,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             time.sleep(_SIGTERM)
             if self._signalled:
                 self._thread.join(2 * self._patience)  # it ends this process
-            self._say(f"error: {report.name}, {report.place}: {_cause(error)}{self._after}")
+            self._say(f"error: {report.name}, {report.place}: {_in_one_line(error)}{self._after}")
             if self.world > 1 and self._thread.is_alive():
                 self._failing = True
                 os.write(self._pipe[1], b"\0")
@@ -138,7 +138,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         try:
             self._run()
         except Exception as error:  # a watchdog that fails does not end the run, and says so
-            self._say(f"watchdog: rank {self.rank} goes on without one: {_cause(error)}")
+            self._say(f"watchdog: rank {self.rank} goes on without one: {_in_one_line(error)}")
         finally:
             self._asked.set()
 
@@ -350,7 +350,7 @@ def _write(path: Path, text: bytes) -> None:
         path.write_bytes(text)
 
 
-def _cause(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     """One line. A data loader's worker hands on a traceback whose last line is the error's own."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = lines[-1].strip() if lines else ""

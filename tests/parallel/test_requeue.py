@@ -12,12 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from comparison import assert_same_curves
 from retrofit import FLAGS, ROOT, TIMEOUT, Workspace, environment, free_port, read_curves
 
 from megatron_dms.checkpoint.megatron_folder import TRACKER, iteration_folder
-from megatron_dms.checkpoint.torch_dist import Reader
+from megatron_dms.launch.resume_check import compare
 
 ITERATIONS = 30  # of some 0.1 seconds each: time enough for a signal in between
 SAVING = ("--save-interval", "1000", "--train-iters", str(ITERATIONS))
@@ -86,7 +85,5 @@ def test_a_requeued_run_equals_an_uninterrupted_one_bit_for_bit(workspace: Works
     assert f"iteration {saved} before this job, {ITERATIONS} after it; status 0\n" in said
     resumed = read_curves(workspace.folder / "boards" / parts.name)
     assert_same_curves(resumed, curves, range(ITERATIONS), 0.0)
-    one, other = (Reader(iteration_folder(run, ITERATIONS)) for run in (whole, parts))
-    assert one.tensors.keys() == other.tensors.keys()
-    for name in one.tensors:
-        assert torch.equal(one.tensor(name), other.tensor(name)), f"{name} differs"
+    tensors, different = compare(*(iteration_folder(run, ITERATIONS) for run in (whole, parts)))
+    assert tensors > 20 and different == []

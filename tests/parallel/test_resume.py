@@ -4,13 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from comparison import TOLERANCE, assert_same_curves
 from retrofit import STEPS, Workspace
 from test_layouts import PP, TP
 
 from megatron_dms.checkpoint.megatron_folder import iteration_folder
-from megatron_dms.checkpoint.torch_dist import Reader
+from megatron_dms.launch.resume_check import compare
 
 HALF = STEPS // 2
 
@@ -45,10 +44,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     copy = stopped_copy(folder, workspace.folder / "resumed")
     resumed = workspace.run("resumed", 4, *TP, *PP, *saving(copy))
     assert_same_curves(resumed, curves, range(HALF, STEPS), 0.0)
-    whole, again = (Reader(iteration_folder(run, STEPS)) for run in (folder, copy))
-    assert whole.tensors.keys() == again.tensors.keys()
-    for name in whole.tensors:  # optimizer state too
-        assert torch.equal(whole.tensor(name), again.tensor(name)), f"{name} differs"
+    tensors, different = compare(*(iteration_folder(run, STEPS) for run in (folder, copy)))
+    assert tensors > 20 and different == []  # optimizer state too
 
 
 def test_finished_run_validates_as_what_it_is(

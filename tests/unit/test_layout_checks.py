@@ -9,7 +9,8 @@ from megatron_dms.training.layout import check_heads_and_layers, check_layout, v
 
 RUN = {
     **{"world_size": 8, "seq_length": 48, "sequence_parallel": False, "num_layers": 12},
-    **{"num_attention_heads": 12, "num_query_groups": 4, "micro_batch_size": 1, "global_batch_size": 16},
+    **{"num_attention_heads": 12, "num_query_groups": 4, "ffn_hidden_size": 40},
+    **{"micro_batch_size": 1, "global_batch_size": 16},
     **{"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1},
     **{"num_virtual_stages_per_pipeline_rank": None, "num_layers_per_virtual_pipeline_stage": None},
     **{"microbatch_group_size_per_vp_stage": None, "rampup_batch_size": None, "eval_iters": 0},
@@ -53,6 +54,10 @@ REFUSED = [
         "6 query and 2 KV heads on each tensor-parallel rank to share out; use one of 1, 2, 6",
     ),
     ({"tp": 3}, "--tensor-model-parallel-size is 3, but the model has num_query_groups = 4"),
+    (
+        {"tp": 4, "ffn_hidden_size": 42},
+        "--tensor-model-parallel-size is 4, but the model has ffn_hidden_size = 42",
+    ),
     ({"cp": 4, "seq_length": 36}, "--seq-length is 36, but --context-parallel-size 4 cuts it into 8 parts"),
     (
         {"tp": 4, "cp": 2, "num_attention_heads": 8, "sequence_parallel": True, "seq_length": 44},
@@ -87,7 +92,7 @@ def test_the_teacher_is_checked_with_the_students_stages() -> None:
     """Catches: virtual stages counted from the teacher's own number of layers."""
     args = run(pp=2, each=2)  # 12 layers: three virtual stages
     assert virtual_stages(args) == 3
-    teacher = Namespace(num_layers=6, num_attention_heads=4, num_query_groups=2)
+    teacher = Namespace(num_layers=6, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=10)
     check_heads_and_layers(args, teacher, "the teacher")
     teacher.num_layers = 8
     with pytest.raises(StartupError, match="PP 2 x 3 virtual stages, but the teacher has 8 layers"):

@@ -146,4 +146,4 @@ def test_the_documents_examples_are_todays() -> None:
         for cell, steps in zip(cells[5:], (300, 700), strict=True):
             assert cell == f"{best.hours(steps):.0f} ({best.device_hours(steps):.0f})", name
         found += 1
-    assert found == 9
+    assert found == 8

@@ -129,11 +129,11 @@ def test_bad_input_is_one_line(words: list[str], said: str) -> None:
 def test_layout(words: str, world: int, found: str, expected: str) -> None:
     """Catches: a size that is left out of the product, and a batch that no data parallel size divides."""
     flags = node_checks.training_flags(words.split())
-    finding = node_checks.check_layout(flags, world)[-1]
+    finding = node_checks.check_processes(flags, world)[-1]
     assert finding.passed is False and found in finding.found and expected in finding.expected and finding.fix
     sizes = "--tensor-model-parallel-size 2 --context-parallel-size 3"
     good = node_checks.training_flags([*sizes.split(), "--micro-batch-size", "2", "--global-batch-size", "8"])
-    assert [finding.passed for finding in node_checks.check_layout(good, 12)] == [True]
+    assert [finding.passed for finding in node_checks.check_processes(good, 12)] == [True]
 
 
 def test_disk(tmp_path: Path) -> None:
