@@ -97,12 +97,14 @@ def check_sizes(folder: Path) -> None:
 
 
 def differences(
-    folder: Path, found: Mapping[str, FileSum], expected: Mapping[str, FileSum]
+    folder: Path, found: Mapping[str, FileSum | str], expected: Mapping[str, FileSum]
 ) -> dict[str, str]:
-    """What is wrong with each file that is not what it was, by name."""
+    """What is wrong with each file that is not what it was, by name. found: a text says why it was unread."""
     wrong = {}
     for name, wanted in sorted(expected.items()):
-        if (was := found[name]) != wanted:
+        if isinstance(was := found[name], str):
+            wrong[name] = f"{folder / name} cannot be read: {was}"
+        elif was != wanted:
             wrong[name] = (
                 f"{folder / name} has {was.bytes} bytes, sha256 {was.sha256[:16]}, expected "
                 f"{wanted.bytes} bytes, sha256 {wanted.sha256[:16]}"

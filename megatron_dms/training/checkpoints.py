@@ -1,17 +1,19 @@
 """Saving and loading around Megatron's own: beside, checksums, pointer last; damage found by name.
 
-Functions of Megatron's are replaced here and in save_worker.py (megatron-core 0.19.2): `save_checkpoint` and
-`load_checkpoint` as its training loop calls them, `schedule_async_save` as saving does, and what tells W&B of
-a checkpoint, which must be in its place by then. Megatron's saving writes into a folder beside (args.save is
-that folder meanwhile), its own pointer and all. Then all ranks read back what is on the disk, each its share,
-and rank 0 does the rest (checkpoint/finished.py).
+Functions of Megatron's are replaced here and in save_worker.py (megatron-core 0.19.2): `save_checkpoint`,
+`load_checkpoint` and `maybe_finalize_async_save` as its training loop calls them, `schedule_async_save` as
+saving does, and what tells W&B of a checkpoint, which must be in its place by then. Megatron's saving writes
+into a folder beside (args.save is that folder meanwhile), its own pointer and all. Then all ranks read back
+what is on the disk, each its share, and rank 0 does the rest (checkpoint/finished.py).
 """
 
 import json
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, get_args, print_rank_0, training, wandb_utils
 
-from megatron_dms.checkpoint import CheckpointError, finished
+from megatron_dms.checkpoint import CheckpointError, check_model_args, finished
 from megatron_dms.checkpoint.manifest import (
     MANIFEST,
     FileSum,
@@ -31,12 +33,13 @@ from megatron_dms.checkpoint.manifest import (
     read_manifest,
     shares,
 )
-from megatron_dms.checkpoint.megatron_folder import TRACKER
+from megatron_dms.checkpoint.megatron_folder import TRACKER, checkpoint_args
 from megatron_dms.training import save_worker
 from megatron_dms.training.ranks import by_rank_0, ends_with_a_line, gathered
 from megatron_dms.training.watchdog import SAVE, Watchdog
 
 RESUMES = "resuming from iteration {}"
+_LAG = 30  # seconds
 _NOT_SAVED = "iteration {} was not saved in {}, the checkpoints before it are as they were"
 
 
@@ -71,6 +74,7 @@ class Checkpoints:
         self._watchdog = watchdog
         self._megatron_save, self._megatron_load = training.save_checkpoint, training.load_checkpoint
         self._schedule = checkpointing.schedule_async_save
+        self._megatron_finalize = training.maybe_finalize_async_save
         self._tell_wandb = wandb_utils.on_save_checkpoint_success
         self._saved_before = False
         self._under_way: _Save | None = None
@@ -79,6 +83,7 @@ class Checkpoints:
         """Take the place of Megatron's functions."""
         training.save_checkpoint, training.load_checkpoint = self.save, self.load
         checkpointing.schedule_async_save = self.schedule
+        training.maybe_finalize_async_save = self.finalize
         wandb_utils.on_save_checkpoint_success = lambda *args: None  # told in _finish
         save_worker.install(filesystem_async)
 
@@ -110,6 +115,11 @@ class Checkpoints:
         request.finalize_fns[:] = [partial(_guarded, save, step) for step in finalize]
         self._schedule(request)
 
+    def finalize(self, *given: Any, blocking: bool = False, **named: Any) -> None:
+        """Megatron's `maybe_finalize_async_save`, which waits for the save if `blocking`."""
+        with self._watchdog.phase(SAVE) if blocking else nullcontext():
+            self._megatron_finalize(*given, blocking=blocking, **named)
+
     def _finish(self, save: _Save, note: Path | None = None) -> None:
         """Verify, move to its place, point to it, remove old ones. Collective."""
         begin = time.monotonic()
@@ -127,11 +137,18 @@ class Checkpoints:
         )
         if dist.get_rank() == dist.get_world_size() - 1:
             place = save.save / save.folder.name
-            self._tell_wandb(str(place), str(save.save / TRACKER), str(save.save), save.iteration)
+            try:
+                self._tell_wandb(str(place), str(save.save / TRACKER), str(save.save), save.iteration)
+            except Exception as error:  # it may have ended before the last save, or have no connection
+                print(f"warning: W&B was not told of iteration {save.iteration}: {error}", file=sys.stderr)
 
     def _publish(self, save: _Save, sums: dict[str, FileSum]) -> list[int]:
         finished.finish(save.folder, save.save, save.iteration, sums)
-        removed = finished.remove_old(save.save, self.keep, save.iteration, save.staging)
+        try:
+            removed = finished.remove_old(save.save, self.keep, save.iteration, save.staging)
+        except OSError as error:
+            print(f"warning: an old checkpoint stays: {error}", file=sys.stderr)
+            removed = []
         shutil.rmtree(save.staging, ignore_errors=True)
         return removed
 
@@ -167,8 +184,7 @@ def _verified(args: Namespace) -> int:
     save, asked = Path(args.load), args.ckpt_step
     damaged: dict[int, str] = {}
     while True:
-        look = partial(finished.resume_point, save, damaged)
-        iteration, passed = by_rank_0(look) if asked is None else (asked, {})
+        iteration, passed = by_rank_0(partial(_look, save, damaged)) if asked is None else (asked, {})
         problem = _damage(save / finished.iteration_name(iteration))
         if problem is None:
             break
@@ -177,8 +193,19 @@ def _verified(args: Namespace) -> int:
         damaged[iteration] = problem
     if passed:
         by_rank_0(partial(_heal, save, iteration, passed))
+        by_rank_0(partial(_check_described, args, save, iteration))
     print_rank_0(f" {RESUMES.format(iteration)} of {save}")
     return iteration
+
+
+def _look(save: Path, damaged: dict[int, str]) -> tuple[Any, dict[int, str]]:
+    """finished.resume_point. What is missing or too short is looked at twice: a network file system may take
+    a while to show what another machine wrote."""
+    found = finished.resume_point(save, damaged)
+    if found[1].keys() - damaged.keys():
+        time.sleep(_LAG)
+        found = finished.resume_point(save, damaged)
+    return found
 
 
 def _heal(save: Path, iteration: int, passed: dict[int, str]) -> None:
@@ -187,6 +214,17 @@ def _heal(save: Path, iteration: int, passed: dict[int, str]) -> None:
         moved = f"; set aside as {aside.name}" if aside else ""
         print(f" damaged checkpoint: {reason}{moved}; using iteration {iteration} instead", flush=True)
     finished.point_to(save, iteration)
+
+
+def _check_described(args: Namespace, save: Path, iteration: int) -> None:
+    """The run's arguments were read from the checkpoint that turned out damaged: is this the same model?"""
+    try:
+        check_model_args(args, checkpoint_args(save, iteration))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the damaged checkpoint described another model than iteration {iteration} of {save} does: "
+            "start the same command again"
+        ) from error
 
 
 def _damage(folder: Path) -> str | None:
@@ -214,14 +252,14 @@ def _damage(folder: Path) -> str | None:
     if isinstance(expected, str):
         return expected
     begin = time.monotonic()
-    found = _digests(folder, {name: entry.bytes for name, entry in expected.items()})
+    found = _digests(folder, {name: entry.bytes for name, entry in expected.items()}, _digest_or_reason)
     wrong = differences(folder, found, expected)
     if not wrong:
         seconds = time.monotonic() - begin
         print_rank_0(f" {folder} verified: {len(found)} files, as they were saved, in {seconds:.2f} s")
         return None
     first = next(iter(wrong))
-    again = by_rank_0(lambda: digest(folder / first))
+    again = by_rank_0(lambda: _digest_or_reason(folder / first))
     if again == expected[first]:
         raise CheckpointError(
             f"{wrong[first]}, but rank 0 reads what was saved: look at the memory and the file system of the "
@@ -231,11 +269,19 @@ def _damage(folder: Path) -> str | None:
     return wrong[first] + more
 
 
-def _digests(folder: Path, sizes: dict[str, int]) -> dict[str, FileSum]:
-    """Checksums of these files, each read by one rank. Collective."""
+def _digest_or_reason(path: Path) -> FileSum | str:
+    """Why it cannot be read, where a disk fails so."""
+    try:
+        return digest(path)
+    except OSError as error:
+        return str(error.strerror)
+
+
+def _digests[T](folder: Path, sizes: dict[str, int], read: Callable[[Path], T] = digest) -> dict[str, T]:
+    """What `read` makes of these files, each read by one rank. Collective."""
     mine: Sequence[str] = shares(sizes, dist.get_world_size())[dist.get_rank()]
-    return _union(gathered(lambda: {name: digest(folder / name) for name in mine}))
+    return _union(gathered(lambda: {name: read(folder / name) for name in mine}))
 
 
-def _union(parts: Sequence[dict[str, FileSum]]) -> dict[str, FileSum]:
+def _union[T](parts: Sequence[dict[str, T]]) -> dict[str, T]:
     return {name: found for part in parts for name, found in part.items()}

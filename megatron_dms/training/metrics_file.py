@@ -10,6 +10,7 @@ number is null.
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,18 @@ class MirroringWriter:
     """
 
     def __init__(self, mirror: MetricsFile, writer: Any | None) -> None:
-        self._mirror, self._writer = mirror, writer
+        self._mirror: MetricsFile | None = mirror
+        self._writer = writer
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int, *rest: Any, **more: Any) -> None:
-        if not tag.endswith(_BY_SAMPLES):
-            self._mirror.add(tag, scalar_value, global_step)
+        if self._mirror is not None and not tag.endswith(_BY_SAMPLES):
+            try:
+                self._mirror.add(tag, scalar_value, global_step)
+            except OSError as error:  # a full disk: training goes on
+                print(
+                    f"warning: {self._mirror.path} ends before step {global_step}: {error}", file=sys.stderr
+                )
+                self._mirror = None
         if self._writer is not None:
             self._writer.add_scalar(tag, scalar_value, global_step, *rest, **more)
 

@@ -115,12 +115,14 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Exception):
+        said = isinstance(error, SystemExit) and error.code  # whoever raised it has named the cause
+        if said or isinstance(error, Exception):
             report = self._report()
             time.sleep(_SIGTERM)
             if self._signalled:
                 self._thread.join(2 * self._patience)  # it ends this process
-            self._say(f"error: {report.name}, {report.place}: {_in_one_line(error)}{self._after}")
+            if not said:
+                self._say(f"error: {report.name}, {report.place}: {_in_one_line(error)}{self._after}")
             if self.world > 1 and self._thread.is_alive():
                 self._failing = True
                 os.write(self._pipe[1], b"\0")

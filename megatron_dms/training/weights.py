@@ -66,7 +66,7 @@ class MegatronWeights(Weights):
         self.folder = folder
         reader, self.args = open_checkpoint(folder, iteration)
         self.iteration_folder = reader.folder
-        self.iteration = int(reader.common().get("iteration", 0))
+        self.iteration = iteration or int(reader.common().get("iteration", 0))
         self.tokenizer_folder = folder / HF
 
     def load(self, models: "list[GPTModel]") -> None:

@@ -15,6 +15,7 @@ from megatron_dms.checkpoint.manifest import MANIFEST, digest, file_names
 from megatron_dms.checkpoint.megatron_folder import TRACKER
 from megatron_dms.checkpoint.torch_dist import Chunk, write
 from megatron_dms.launch.resume_check import compare
+from megatron_dms.training.startup import _newest_readable
 
 DATA = "__0_0.distcp"
 
@@ -115,6 +116,27 @@ def test_a_flipped_bit_changes_the_checksum_of_its_file(save: Path) -> None:
     wrong = manifest.differences(folder, sums(folder), expected)
     assert list(wrong) == [DATA] and "sha256" in wrong[DATA]
     assert resume_point(save, {6: wrong[DATA]}) == (4, {6: wrong[DATA]})
+
+
+def test_one_that_does_not_describe_itself_is_passed_over_at_the_start(save: Path) -> None:
+    """Its sizes are right, and its checksums come later. Catches: a run that ends there at each start."""
+    for iteration, content in ((6, bytes), (4, lambda size: b"\x80\x05}" + bytes(size - 3))):
+        path = save / iteration_name(iteration) / ".metadata"
+        path.write_bytes(content(path.stat().st_size))
+    found = _newest_readable(save)
+    assert found.iteration_folder.name == iteration_name(2) and found.iteration == 2
+    path = save / iteration_name(2) / ".metadata"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(CheckpointError, match="no checkpoint left to go on from"):
+        _newest_readable(save)
+
+
+def test_what_cannot_be_read_differs(save: Path) -> None:
+    """Catches: a disk that fails to read taken for an end of the run, and not for damage."""
+    folder = save / iteration_name(6)
+    found = sums(folder) | {DATA: "Input/output error"}
+    wrong = manifest.differences(folder, found, manifest.read_manifest(folder))
+    assert wrong == {DATA: f"{folder / DATA} cannot be read: Input/output error"}
 
 
 def test_nothing_left_is_an_error_and_no_new_start(save: Path) -> None:

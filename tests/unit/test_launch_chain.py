@@ -78,6 +78,12 @@ def test_a_finished_run_is_not_requeued(tmp_path: Path) -> None:
     assert job(tmp_path, FAKE_ADDS="100") == 0 and requeued(tmp_path) == 0
 
 
+def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
+    """scancel sends TERM, as the end of the time may. Catches: a job that nobody can end."""
+    assert job(tmp_path, signal.SIGTERM, FAKE_ADDS="5", FAKE_STATE="CANCELLED") == 0
+    assert requeued(tmp_path) == 0
+
+
 def test_a_requeue_that_fails_is_said(tmp_path: Path) -> None:
     assert job(tmp_path, FAKE_ADDS="5", FAKE_REQUEUE_STATUS="1") == 5
 

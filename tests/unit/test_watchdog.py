@@ -206,6 +206,25 @@ def test_an_exception_is_said_with_rank_step_and_phase(tmp_path: Path) -> None:
     assert "error: rank 0 (" in line and line.endswith("step 4, save: OSError: no space")
 
 
+@pytest.mark.parametrize(("status", "told"), [(1, True), (0, False)])
+def test_an_exit_that_was_explained_ends_the_others(tmp_path: Path, status: int, told: bool) -> None:
+    """As where a save fails. Catches: ranks of other machines that are not told, or told of a good end."""
+
+    def exits(watchdog: Watchdog, ready: Callable) -> None:
+        ready()
+        watchdog.beat(STEP, 4)
+        if watchdog.rank == 0:
+            raise SystemExit(status)
+        time.sleep(1000)
+
+    pair = Pair(tmp_path, exits)
+    pair.status(0)
+    assert dist.PrefixStore("megatron_dms/watchdog/0", pair.store).check(["alarm"]) is told
+    os.kill(pair.pids[1], signal.SIGTERM)
+    pair.status(1)
+    assert "error: " not in pair.said()
+
+
 def test_after_sigterm_the_dead_rank_is_named(tmp_path: Path) -> None:
     """torchrun ends the others when one was killed. Catches: survivors that go without a word."""
     pair = Pair(tmp_path, sleeps)
