@@ -16,6 +16,19 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    """A tool's own options, and what comes after `--`: another program's command line."""
+    split = words.index("--") if "--" in words else len(words)
+    return words[:split], words[split + 1 :]
+
+
+def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Refuse the first of these options that is not above 0."""
+    for name in names:
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected > 0")
+
+
 def say(line: str) -> None:
     """A line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)

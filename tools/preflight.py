@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from megatron_dms.command_line import Parser, say_error  # noqa: E402
+from megatron_dms.command_line import Parser, require_positive, say_error, split_at_dashes  # noqa: E402
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,18 +44,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run this node's part; the return value is the exit status."""
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
+    own, training = split_at_dashes(sys.argv[1:])
     parser = _parser()
-    options = parser.parse_args(words[:split])
+    options = parser.parse_args(own)
     if options.training:
         parser.error(f"found {options.training[0]}, expected -- before the flags of pretrain_dms.py")
     hosts = tuple(host for host in options.hosts.split(",") if host)
     if not 0 <= options.node_rank < len(hosts):
         parser.error(f"--node-rank is {options.node_rank}, expected 0 to {len(hosts) - 1}: one of --hosts")
-    for name in ("gpus_per_node", "timeout"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected > 0")
+    require_positive(parser, options, "gpus_per_node", "timeout")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a missing node is a line here, not a C++ trace
     from megatron_dms.launch.preflight import Preflight
 
@@ -67,7 +64,7 @@ def main() -> int:
         device=options.device,
         minimum_free_gb=options.min_free_gb,
         timeout=options.timeout,
-        training=tuple(words[split + 1 :]),
+        training=tuple(training),
     )
     try:
         return run.run()

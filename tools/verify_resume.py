@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from megatron_dms.command_line import Parser, say  # noqa: E402
+from megatron_dms.command_line import Parser, require_positive, say, split_at_dashes  # noqa: E402
 
 _SHOWN = 5  # names of tensors that differ
 
@@ -48,16 +48,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run, kill, compare; the return value is the exit status."""
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
+    own, command = split_at_dashes(sys.argv[1:])
     parser = _parser()
-    options = parser.parse_args(words[:split])
-    command = words[split + 1 :]
+    options = parser.parse_args(own)
     if options.command or not command:
         parser.error("expected -- and the command of the run at the end")
-    for name in ("steps", "save_interval", "timeout"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected > 0")
+    require_positive(parser, options, "steps", "save_interval", "timeout")
     if options.kills < 0 or not 0 <= options.while_saving <= 1:
         parser.error("--kills is 0 or more, --while-saving between 0 and 1")
     if options.save_interval > options.steps:

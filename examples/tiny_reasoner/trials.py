@@ -16,7 +16,7 @@ from typing import Any
 
 from run_retrofit import ROOT, Retrofit, export, python, tokenize, train
 
-from megatron_dms.evaluation.json_file import write_whole
+from megatron_dms.durable import write_durably
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "hard_base"
@@ -76,7 +76,7 @@ def prepare(work: Path) -> None:
 def problems_file(work: Path, count: int) -> Path:
     """The first held-out problems as JSONL."""
     path = work / f"heldout-{count}.jsonl"
-    write_whole(path, "".join(json.dumps(problem) + "\n" for problem in heldout_set(count)))
+    write_durably(path, "".join(json.dumps(problem) + "\n" for problem in heldout_set(count)))
     return path
 
 
@@ -200,4 +200,4 @@ def _settle(path: Path, settings: dict[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_durably(path, json.dumps(value, indent=1) + "\n")

@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_dms.checkpoint.durable import sync_folder, write_durably
 from megatron_dms.checkpoint.errors import CheckpointError
 from megatron_dms.checkpoint.manifest import MANIFEST, FileSum, check_sizes, write_manifest
 from megatron_dms.checkpoint.megatron_folder import RELEASE, TRACKER
 from megatron_dms.checkpoint.staging import take_place
 from megatron_dms.checkpoint.torch_dist import Reader
+from megatron_dms.durable import sync_folder, write_durably
 
 UNFINISHED = "unfinished-"
 _ITERATION = "iter_"

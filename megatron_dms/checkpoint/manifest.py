@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_dms.checkpoint.durable import write_durably
 from megatron_dms.checkpoint.errors import CheckpointError
+from megatron_dms.durable import write_durably
 
 MANIFEST = "checksums.json"
 
@@ -82,18 +82,20 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def check_sizes(folder: Path) -> None:
-    """Every file is there and as long as it must be: what can be known without reading it.
+def check_sizes(folder: Path) -> dict[str, FileSum]:
+    """Every file is there and as long as it must be, what can be known without reading it -> the checksums.
 
     Raises:
         CheckpointError: names the file, what was found and expected.
     """
-    for name, expected in read_manifest(folder).items():
+    sums = read_manifest(folder)
+    for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected.bytes:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {expected.bytes}")
+    return sums
 
 
 def differences(

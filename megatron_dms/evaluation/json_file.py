@@ -1,7 +1,6 @@
-"""JSON files: read as an object or refused in one line, written whole or not at all."""
+"""JSON files, read as an object or refused in one line."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,3 @@ def read_object(path: Path, otherwise: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, expected an object")
     return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """In place of what was there, whole or not at all."""
-    part = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)

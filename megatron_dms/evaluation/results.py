@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_dms.durable import write_durably
 from megatron_dms.evaluation.budgets import Budget
 from megatron_dms.evaluation.evaluation import TaskChoice, problems_mark
 from megatron_dms.evaluation.exported import load_tokenizer
-from megatron_dms.evaluation.json_file import write_whole
 from megatron_dms.evaluation.provenance import made_by
 from megatron_dms.evaluation.samples import (
     SETTINGS,
@@ -84,9 +84,9 @@ def score(out: Path, data: str | None, say: Callable[[str], None]) -> dict[str, 
         "left_out": left_out,
         "scored_by": scorer,
     }
-    write_whole(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_whole(out / "problems.jsonl", "".join(json.dumps(row.as_json()) + "\n" for row in problems))
-    write_whole(out / "report.html", report(settings, rows, compared, left_out, scorer))
+    write_durably(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_durably(out / "problems.jsonl", "".join(json.dumps(row.as_json()) + "\n" for row in problems))
+    write_durably(out / "report.html", report(settings, rows, compared, left_out, scorer))
     return results | {"table": rows}
 
 

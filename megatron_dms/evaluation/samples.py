@@ -14,8 +14,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from megatron_dms.durable import write_durably
 from megatron_dms.evaluation.budgets import Run
-from megatron_dms.evaluation.json_file import read_object, write_whole
+from megatron_dms.evaluation.json_file import read_object
 
 SETTINGS = "settings.json"
 MADE_BY = "made_by"
@@ -177,7 +178,7 @@ def settle(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder} is not empty and holds no evaluation: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     merged = found | settings | {MADE_BY: _makers(found)}
-    write_whole(folder / SETTINGS, json.dumps(merged, indent=1) + "\n")
+    write_durably(folder / SETTINGS, json.dumps(merged, indent=1) + "\n")
 
 
 def _bound(name: str, value: Any) -> Any:
@@ -191,7 +192,7 @@ def note_maker(folder: Path, maker: Mapping[str, str]) -> None:
     settings = read_settings(folder)
     if maker not in (makers := _makers(settings)):
         settings[MADE_BY] = [*makers, maker]
-        write_whole(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+        write_durably(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
 
 def _makers(settings: Mapping[str, Any]) -> list[Any]:

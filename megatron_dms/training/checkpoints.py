@@ -27,10 +27,10 @@ from megatron_dms.checkpoint import CheckpointError, check_model_args, finished
 from megatron_dms.checkpoint.manifest import (
     MANIFEST,
     FileSum,
+    check_sizes,
     differences,
     digest,
     file_names,
-    read_manifest,
     shares,
 )
 from megatron_dms.checkpoint.megatron_folder import TRACKER, checkpoint_args
@@ -238,8 +238,7 @@ def _damage(folder: Path) -> str | None:
         if not (folder / MANIFEST).is_file():
             return None
         try:
-            finished.check_sizes(folder)
-            return read_manifest(folder)
+            return check_sizes(folder)
         except CheckpointError as error:
             return str(error)
 

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_dms.checkpoint.durable import write_durably
+from megatron_dms.durable import write_durably
 from megatron_dms.training.metrics_file import NAME, MetricsFile, MirroringWriter
 
 RUN_ID = "wandb_run_id"

@@ -169,19 +169,22 @@ def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:
         raise StartupError(f"--save {save} cannot be written: {error}") from error
 
 
-def _newest_readable(load: Path) -> "Weights":
-    """The newest finished checkpoint that describes itself. One that cannot is passed over here; what becomes
-    of it is decided when all ranks verify its bytes (training/checkpoints.py)."""
+def _newest_readable(load: Path, iteration: int) -> "Weights":
+    """The checkpoint of `iteration`, or the newest finished one before it that describes itself.
+
+    One that cannot is passed over here; what becomes of it is decided when all ranks verify its bytes
+    (training/checkpoints.py).
+    """
     from megatron_dms.checkpoint.finished import resume_point
     from megatron_dms.training.weights import MegatronWeights
 
     damaged: dict[int, str] = {}
     while True:
-        iteration, _ = resume_point(load, damaged)  # raises where none is left
         try:
             return MegatronWeights(load, iteration)
         except Exception as error:  # unpickling damaged bytes may raise anything
             damaged[iteration] = f"{type(error).__name__}: {error}"
+        iteration, _ = resume_point(load, damaged)  # raises where none is left
 
 
 def _raise_startup_error(message: str) -> NoReturn:
@@ -205,7 +208,7 @@ def starting_point(args: Namespace) -> tuple["Weights", bool]:
         continues = not args.finetune and newest != RELEASE
         if continues or not args.load_hf:
             if continues and args.ckpt_step is None:
-                return _newest_readable(Path(args.load)), continues
+                return _newest_readable(Path(args.load), newest), continues
             return MegatronWeights(Path(args.load), args.ckpt_step), continues
     given = {
         "--load-hf": args.load_hf,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dms.checkpoint import CheckpointError, durable, finished, manifest
+from megatron_dms import durable
+from megatron_dms.checkpoint import CheckpointError, finished, manifest
 from megatron_dms.checkpoint.finished import finished_iterations, iteration_name, resume_point
 from megatron_dms.checkpoint.manifest import MANIFEST, digest, file_names
 from megatron_dms.checkpoint.megatron_folder import TRACKER
@@ -123,12 +124,12 @@ def test_one_that_does_not_describe_itself_is_passed_over_at_the_start(save: Pat
     for iteration, content in ((6, bytes), (4, lambda size: b"\x80\x05}" + bytes(size - 3))):
         path = save / iteration_name(iteration) / ".metadata"
         path.write_bytes(content(path.stat().st_size))
-    found = _newest_readable(save)
+    found = _newest_readable(save, 6)
     assert found.iteration_folder.name == iteration_name(2) and found.iteration == 2
     path = save / iteration_name(2) / ".metadata"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(CheckpointError, match="no checkpoint left to go on from"):
-        _newest_readable(save)
+        _newest_readable(save, 6)
 
 
 def test_what_cannot_be_read_differs(save: Path) -> None:

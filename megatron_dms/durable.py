@@ -6,12 +6,15 @@ from pathlib import Path
 
 def write_durably(path: Path, text: str) -> None:
     """Write beside, flush to the disk, rename, flush the folder: readers see the old text or the new."""
-    beside = path.with_name(f"{path.name}.new")
-    with beside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.rename(path)
+    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
