@@ -88,6 +88,23 @@ def _data(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def _long(result: dict[str, Any]) -> Figure:
+    figure, (axes,) = _figure(1, 6.5)
+    _teacher(axes, result)
+    for index, (name, seeds) in enumerate(result["trials"].items()):
+        for cr in seeds[0]["crs"]:
+            tokens = _figures_of(seeds, cr, "training_tokens")
+            accuracy = _figures_of(seeds, cr, "accuracy")
+            _point(axes, tokens, accuracy, fmt="o", color=f"C{index}", markersize=4)
+            text = f"CR {over_seeds(_figures_of(seeds, cr, 'achieved_cr'))[0]:.2f}"
+            place = (tokens[0], 100 * over_seeds(accuracy)[0])
+            axes.annotate(text, place, (4, 5), textcoords="offset points", fontsize=7, color=f"C{index}")
+        axes.plot([], [], "o", color=f"C{index}", label=name)
+    axes.set(xlabel="training tokens", ylabel="exact answers, %", ylim=(0, 100))
+    axes.legend(loc="lower right")
+    return figure
+
+
 def _methods(result: dict[str, Any]) -> Figure:
     figure, panels = _figure(2, 12, 5)
     runs = list(result["seeds"].values())
@@ -172,4 +189,5 @@ _DRAWINGS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "methods": _methods,
     "where": _where,
     "ablations": _ablations,
+    "long": _long,
 }

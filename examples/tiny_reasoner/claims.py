@@ -5,6 +5,7 @@
     python examples/tiny_reasoner/claims.py methods     DMS, TOVA, H2O, Quest, window, vanilla (Figure 3)
     python examples/tiny_reasoner/claims.py where       where the cache is spent (Figure 6)
     python examples/tiny_reasoner/claims.py ablations   predictor, what is trained, lag, window, KL, steps
+    python examples/tiny_reasoner/claims.py long        students that come back to their teacher; hours
 
 Each trains what it needs and is not yet in --work, measures, and writes CLAIM.json and CLAIM.png to --out.
 Trials are shared between claims (trials.py), and an interrupted claim goes on where it was. What came out,
@@ -25,6 +26,7 @@ from trials import (
     BASE,
     DIFFICULTY,
     ENDS,
+    LONG_TRIALS,
     TRIALS,
     WINDOW,
     heldout_set,
@@ -77,6 +79,11 @@ def where(options: argparse.Namespace) -> dict[str, Any]:
     return {"window": WINDOW, "problems": WHERE_PROBLEMS, "seeds": seeds}
 
 
+def long(options: argparse.Namespace) -> dict[str, Any]:
+    """Accuracy along the ladder with 13 times the training tokens per unit of CR."""
+    return {"teacher": _teacher(options), "trials": _trials(options.trials or ("long-4",), options)}
+
+
 def methods(options: argparse.Namespace) -> dict[str, Any]:
     """tools/evaluate.py at budgets W-L-CR; each seed has its own DMS models and its own samples."""
     _trials(("dms",), options)
@@ -105,6 +112,7 @@ CLAIMS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "methods": methods,
     "where": where,
     "ablations": ablations,
+    "long": long,
 }
 
 
@@ -126,6 +134,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=SEEDS, help="of data order, noise and sampling"
     )
+    parser.add_argument("--trials", nargs="+", choices=LONG_TRIALS, help="of claim long: which ladders")
     parser.add_argument("--jobs", type=int, default=2, help="retrofits at a time, one CPU core each")
     parser.add_argument("--work", type=Path, default=Path("out/claims"), help="folder of all trials")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of results and pictures")

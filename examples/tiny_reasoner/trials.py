@@ -26,6 +26,9 @@ HELDOUT_SEED = 1000
 
 WINDOW = 16
 STANDARD = Retrofit(zeroing_steps=60, steps_per_cr=30, window=WINDOW, batch=8, sequence=272)
+# 13 times the tokens per unit of CR, and enough problems that few are seen twice.
+LONG = STANDARD.having(zeroing_steps=200, steps_per_cr=400, batch=16)
+LONG_PROBLEMS = 40_000
 LINEAR = {"--dms-predictor": "linear"}
 MERGE = {"--dms-method": "merge", "--dms-predictor": "key_channel"}
 LADDER, ENDS = (2, 4, 6, 8), (4, 8)
@@ -38,6 +41,8 @@ class Trial:
     retrofit: Retrofit
     crs: tuple[int, ...] = ENDS
     """Of the ladder, those that are measured."""
+    train_problems: int = TRAIN_PROBLEMS
+    """How many problems the retrofit is trained on."""
 
     @property
     def merges(self) -> bool:
@@ -61,16 +66,31 @@ TRIALS = {
     "window-64": Trial(STANDARD.having(window=64)),
     "kl-student-teacher": Trial(STANDARD.having(flags={"--dms-kl": "student_teacher"})),
 }
+LONG_TRIALS = {
+    "long-4": Trial(LONG.having(final_cr=4), (2, 3, 4), LONG_PROBLEMS),
+    "long-8": Trial(LONG, (2, 4, 6, 8), LONG_PROBLEMS),
+}
+"""Retrofits that take an hour or more each: students that come back to their teacher."""
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, trials: Iterable[Trial]) -> None:
     """Training problems as tokens and the base model in Megatron's format, once for all trials."""
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "train.idx").exists():
-        flags = _difficulty_flags()
-        tokenize(BASE, work / "train", "train", TRAIN_PROBLEMS, seed=1, difficulty=flags)
+    for count in sorted({trial.train_problems for trial in trials}):
+        data = _data_prefix(work, count)
+        if not data.with_suffix(".idx").exists():
+            tokenize(BASE, data, "train", count, seed=1, difficulty=_difficulty_flags())
     if not (work / "base").exists():
         python(ROOT / "tools/convert.py", "import", "--hf", BASE, "--megatron", work / "base")
+
+
+def _data_prefix(work: Path, count: int) -> Path:
+    return work / ("train" if count == TRAIN_PROBLEMS else f"train-{count}")
+
+
+def trial_of(name: str) -> Trial:
+    """The trial of a name, a short one or a long one."""
+    return (TRIALS | LONG_TRIALS)[name]
 
 
 def problems_file(work: Path, count: int) -> Path:
@@ -85,7 +105,7 @@ def _difficulty_flags() -> list[object]:
 
 
 def run_trials(
-    names: Iterable[str],
+    names: Sequence[str],
     seeds: Sequence[int],
     work: Path,
     problems: int,
@@ -98,7 +118,7 @@ def run_trials(
         For each name one entry a seed: {"seed", "crs": {"4": figures of compare.measure_model and
         "training_tokens"}}.
     """
-    prepare(work)
+    prepare(work, map(trial_of, names))
     wanted = [(name, seed) for seed in seeds for name in names]
     for key in wanted:  # before hours of work
         _settle_trial(*key, work, problems)
@@ -128,12 +148,13 @@ def run_trial(name: str, seed: int, work: Path, problems: int) -> dict[str, Any]
     Raises:
         ValueError: its folder was made with other settings.
     """
-    trial = TRIALS[name]
+    trial = trial_of(name)
     folder, retrofit = _settle_trial(name, seed, work, problems)
     measured = folder / "measured.json"
     if measured.exists():
         return json.loads(measured.read_text())
-    train(retrofit, work / "base", work / "train", folder / "run", folder / "log.txt")
+    data = _data_prefix(work, trial.train_problems)
+    train(retrofit, work / "base", data, folder / "run", folder / "log.txt")
     rows = {}
     for cr in trial.crs:
         export(folder / "run", retrofit.step_of(cr), folder / f"cr{cr}")
@@ -162,7 +183,7 @@ def measure_teacher(work: Path, problems: int) -> dict[str, float]:
 
 def _settle_trial(name: str, seed: int, work: Path, problems: int) -> tuple[Path, Retrofit]:
     """The trial's folder, which is its own from here on."""
-    retrofit = TRIALS[name].retrofit.having(seed=seed)
+    retrofit = trial_of(name).retrofit.having(seed=seed)
     folder = work / f"{name}-seed{seed}"
     folder.mkdir(exist_ok=True)
     _settle(folder / "settings.json", {**asdict(retrofit), "problems": problems})
