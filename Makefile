@@ -9,11 +9,11 @@ STAMP = $(VENV)/.megatron_dms_installed
 # (but for lm-evaluation-harness: the pinned datasets need a huggingface_hub that this transformers refuses).
 TRANSFORMERS_4 = build/transformers-4
 TRANSFORMERS_4_PINS = tests/transformers-4.txt
-TRANSFORMERS_4_TESTS = tests/unit/test_transformers_version.py $(wildcard tests/unit/test_hf_*.py) \
-	tests/unit/test_baselines.py tests/unit/test_baselines_kvpress.py \
-	tests/unit/test_evaluation_cost.py tests/unit/test_docs.py::test_the_inference_page_runs \
+TRANSFORMERS_4_TESTS = tests/unit/hf \
+	tests/unit/inference/test_baselines.py tests/unit/inference/test_baselines_kvpress.py \
+	tests/unit/evaluation/test_cost.py tests/unit/test_docs.py::test_the_inference_page_runs \
 	tests/e2e/test_inference_tools.py::test_pipeline_and_streaming \
-	tests/unit/test_checkpoint_dms_formats.py::test_an_export_in_both_config_formats_runs
+	tests/unit/conversion/test_dms_formats.py::test_an_export_in_both_config_formats_runs
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-transformers-4 demo lint format clean

@@ -22,11 +22,11 @@ def main() -> None:
         import torch
 
         if not torch.cuda.is_available():
-            from megatron_dms.platform import cpu
+            from megatron_dms.upstream import cpu
 
             cpu.install()
-        from megatron_dms.platform.wheel import skip_helper_compilation
         from megatron_dms.training.startup import parse_megatron_args
+        from megatron_dms.upstream.wheel import skip_helper_compilation
 
         skip_helper_compilation()
         args, start, teacher = parse_megatron_args(dms)
@@ -43,11 +43,11 @@ def main() -> None:
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_dms.data.dataset import train_valid_test_datasets_provider
+    from megatron_dms.resilience.verified_saves import Checkpoints
+    from megatron_dms.resilience.watchdog import Watchdog
     from megatron_dms.training.build import student_config
-    from megatron_dms.training.checkpoints import Checkpoints
-    from megatron_dms.training.data import train_valid_test_datasets_provider
     from megatron_dms.training.step import RetrofitStep
-    from megatron_dms.training.watchdog import Watchdog
 
     with Watchdog.of_run(dms, args) as watchdog:
         Checkpoints(dms.keep_checkpoints, start is None, watchdog).install()

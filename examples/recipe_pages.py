@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from recipes import HERE, MODELS, RATIOS, Model, Recipe  # noqa: E402
 
 from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
+from megatron_dms.planning.job import RECIPES, Layout  # noqa: E402
 from megatron_dms.planning.models import preset  # noqa: E402
-from megatron_dms.planning.setting import RECIPES, Layout  # noqa: E402
 
 PRICE = 2.5
 """USD for an H100 and hour: assumed, nobody's offer."""

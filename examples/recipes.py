@@ -7,9 +7,9 @@ from pathlib import Path
 from megatron_dms.command_line import Parser
 from megatron_dms.config import DMSConfig
 from megatron_dms.planning.devices import DEVICES, Assumptions
+from megatron_dms.planning.job import RECIPES, Layout, Setting
 from megatron_dms.planning.models import preset
 from megatron_dms.planning.search import Plan, plan_layout, steps_to
-from megatron_dms.planning.setting import RECIPES, Layout, Setting
 from megatron_dms.training.startup import check_dms_flags
 
 HERE = Path(__file__).resolve().parent

@@ -117,7 +117,7 @@ def _loss(options: argparse.Namespace) -> None:
 def _step(options: argparse.Namespace) -> None:
     device = _fill(options, STEP)
     if device.type == "cpu":
-        from megatron_dms.platform import cpu
+        from megatron_dms.upstream import cpu
 
         cpu.install()
     from megatron_dms.benchmarks.step import measure

@@ -23,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 
 from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
 from megatron_dms.evaluation.budgets import METHODS, Budget, plan  # noqa: E402
-from megatron_dms.evaluation.checkpoints import DTYPES  # noqa: E402
-from megatron_dms.evaluation.exported import (  # noqa: E402
+from megatron_dms.evaluation.tasks import TASKS  # noqa: E402
+from megatron_dms.files import output_file  # noqa: E402
+from megatron_dms.inference.checkpoints import DTYPES  # noqa: E402
+from megatron_dms.inference.loading import (  # noqa: E402
     PAGE_ATTENTION,
     check_device,
     check_exported,
     load_model,
     load_tokenizer,
 )
-from megatron_dms.evaluation.output_file import output_file  # noqa: E402
-from megatron_dms.evaluation.prompts import read_prompts  # noqa: E402
-from megatron_dms.evaluation.tasks import TASKS  # noqa: E402
+from megatron_dms.inference.prompts import read_prompts  # noqa: E402
 
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of `cost`
 _RUN_SAMPLING = {"temperature": 0.6, "top_p": 0.95}
@@ -179,15 +179,15 @@ def _cost(options: argparse.Namespace) -> None:
         say(f"loading {options.model} and running its code, on {device}")
         model = load_model(options.model, options.dtype, device, options.page_attention)
 
-        from megatron_dms.evaluation import cost  # late: --help needs no torch
+        from megatron_dms.evaluation import generation_cost
         from megatron_dms.evaluation.cost_table import cost_table, head_tables
-        from megatron_dms.evaluation.generation import pad_id
+        from megatron_dms.inference.generation import pad_id
 
         counts = {name: getattr(options, name) for name in ("max_new_tokens", "chains", "batch_size")}
-        generation = cost.Generation(**counts, **_SAMPLING | sampling)
-        needed = cost.PER_HEAD if options.per_head else ()
-        batches = cost.measure(model, encoded, generation, pad_id(tokenizer), say, needed)
-        rows = cost.rows_as_json(batches)
+        generation = generation_cost.Generation(**counts, **_SAMPLING | sampling)
+        needed = generation_cost.PER_HEAD if options.per_head else ()
+        batches = generation_cost.measure(model, encoded, generation, pad_id(tokenizer), say, needed)
+        rows = generation_cost.rows_as_json(batches)
         settings = {
             "model": str(options.model),
             "eviction": not model.dms_settings.disable_eviction,
@@ -197,8 +197,8 @@ def _cost(options: argparse.Namespace) -> None:
             "device": device,
             "page_attention": options.page_attention,
         }
-        result = settings | cost.totals(batches)
-        heads = {"per_head": cost.per_head(batches)} if options.per_head else {}
+        result = settings | generation_cost.totals(batches)
+        heads = {"per_head": generation_cost.per_head(batches)} if options.per_head else {}
         write(json.dumps({**result, "rows": rows, **heads}, indent=1, allow_nan=False) + "\n")
     if not settings["eviction"]:
         print("eviction is switched off (dms_disable_eviction): every pair is kept, CR 1")
@@ -219,16 +219,16 @@ def _run(options: argparse.Namespace) -> None:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"{name} is given twice for the same name")
 
-    from megatron_dms.evaluation import evaluation  # late: --help needs no torch
-    from megatron_dms.evaluation.generation import Sampling
+    from megatron_dms.evaluation import evaluation_run
+    from megatron_dms.inference.generation import Sampling
 
-    models = evaluation.Models(
+    models = evaluation_run.Models(
         options.model, dict(options.dms), options.dtype, options.device, options.page_attention
     )
-    choice = evaluation.TaskChoice(options.task, _data(options), options.limit, dict(options.task_option))
+    choice = evaluation_run.TaskChoice(options.task, _data(options), options.limit, dict(options.task_option))
     given = {name: value for name in _RUN_SAMPLING if (value := getattr(options, name)) is not None}
     sampling = Sampling(**_RUN_SAMPLING | given)
-    evaluation.generate(runs, choice, models, sampling, options.batch_size, options.out, say)
+    evaluation_run.generate(runs, choice, models, sampling, options.batch_size, options.out, say)
     _score(options)
 
 

@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from megatron_dms.command_line import say, say_error  # noqa: E402
 from megatron_dms.planning import calibration, tables  # noqa: E402
 from megatron_dms.planning.devices import DEVICES, Device  # noqa: E402
+from megatron_dms.planning.job import RECIPES, Setting  # noqa: E402
 from megatron_dms.planning.models import ModelSize, of_folder, preset  # noqa: E402
 from megatron_dms.planning.options import assumptions, make_parser  # noqa: E402
 from megatron_dms.planning.published import NOT_COMPARED  # noqa: E402
 from megatron_dms.planning.search import find_layouts, steps_to, with_recompute  # noqa: E402
 from megatron_dms.planning.serving import Serving, longest  # noqa: E402
-from megatron_dms.planning.setting import RECIPES, Setting  # noqa: E402
 
 _LAYOUT = ("tp", "pp", "cp", "dp", "micro", "recompute", "sp")
 

@@ -80,7 +80,7 @@ def main() -> int:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # A polite kill must clean up too: leave through the `finally` clauses.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    from megatron_dms.training.preprocess import PreprocessConfig, ProgressLine, preprocess
+    from megatron_dms.data.preprocess import PreprocessConfig, ProgressLine, preprocess
 
     start = time.monotonic()
     try:

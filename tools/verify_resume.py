@@ -60,7 +60,7 @@ def main() -> int:
         parser.error(f"--save-interval is {options.save_interval}, more than --steps {options.steps}")
     if options.out.exists():
         parser.error(f"--out {options.out} exists; choose a new folder")
-    from megatron_dms.launch.resume_check import CheckFailed, Plan, ResumeCheck
+    from megatron_dms.resilience.resume_check import CheckFailed, Plan, ResumeCheck
 
     plan = Plan(
         command=command,

@@ -37,7 +37,7 @@ from trials import (
 )
 
 import megatron_dms
-from megatron_dms.evaluation.provenance import made_by
+from megatron_dms.provenance import made_by
 
 HERE = Path(__file__).resolve().parent
 SEEDS = [1, 2, 3]

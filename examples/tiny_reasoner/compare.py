@@ -14,8 +14,8 @@ from typing import Any
 from answers import exact_match, standard_error
 from measure import BATCH, HELDOUT_SEED, greedy_texts, heldout_problems
 
-from megatron_dms.evaluation.baselines import load_plain
-from megatron_dms.evaluation.exported import load_model, load_tokenizer
+from megatron_dms.inference.baselines import load_plain
+from megatron_dms.inference.loading import load_model, load_tokenizer
 
 PICTURE = "accuracy_vs_kv_reads.png"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from run_retrofit import ROOT, Retrofit, export, python, tokenize, train
 
-from megatron_dms.durable import write_durably
+from megatron_dms.files import write_durably
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "hard_base"
@@ -198,8 +198,8 @@ def _measure(folder: Path, merges: bool, problems: int) -> dict[str, float]:
     heldout = heldout_set(problems)
     if not merges:
         return measure_folder(folder, heldout)
-    from megatron_dms.evaluation.dmc import load_dmc
-    from megatron_dms.evaluation.exported import load_tokenizer
+    from megatron_dms.inference.dmc_model import load_dmc
+    from megatron_dms.inference.loading import load_tokenizer
 
     return measure_model(load_dmc(folder, "float32", "cpu"), load_tokenizer(folder), heldout)
 

@@ -112,7 +112,7 @@ def of_checkpoint(
     Raises:
         ValueError: not such a checkpoint, or a text with fewer tokens than the longest context.
     """
-    from megatron_dms.evaluation.exported import check_exported, load_model, load_tokenizer
+    from megatron_dms.inference.loading import check_exported, load_model, load_tokenizer
 
     check_exported(folder)
     ids = load_tokenizer(folder)(text.read_text(encoding="utf-8"))["input_ids"]

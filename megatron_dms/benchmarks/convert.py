@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from megatron_dms.checkpoint.errors import CheckpointError
-from megatron_dms.checkpoint.families import read_model
-from megatron_dms.checkpoint.hf_folder import INDEX
-from megatron_dms.checkpoint.safetensors_file import TensorInfo, write_file
+from megatron_dms.conversion.families import read_model
+from megatron_dms.conversion.hf_folder import INDEX
+from megatron_dms.errors import CheckpointError
+from megatron_dms.formats.safetensors_file import TensorInfo, write_file
 
 HIDDEN = 4096  # of Llama 3 8B, whose shapes the synthetic model has; all others follow
 _FFN, _VOCAB, _HEAD = 3.5, 31.3125, 128

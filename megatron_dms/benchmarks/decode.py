@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from megatron_dms.benchmarks.filled import WINDOW, Pair, check_shape, fill, make_models
 from megatron_dms.benchmarks.measuring import wall_seconds
+from megatron_dms.benchmarks.synthetic_models import WINDOW, Pair, check_shape, fill, make_models
 
 
 @dataclass(frozen=True)

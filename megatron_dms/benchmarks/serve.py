@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from megatron_dms.benchmarks.filled import WINDOW, Pair, check_shape, fill, make_models
 from megatron_dms.benchmarks.measuring import (
     Candidate,
     Measured,
@@ -29,6 +28,7 @@ from megatron_dms.benchmarks.measuring import (
     wall_seconds,
 )
 from megatron_dms.benchmarks.serve_rows import ACCOUNT, ALLOCATION, LargestRow, StepRow
+from megatron_dms.benchmarks.synthetic_models import WINDOW, Pair, check_shape, fill, make_models
 
 WARM_UP = 2
 """Steps before a measurement. The first one enlarges DMS's pools where they are full, the dense cache is new

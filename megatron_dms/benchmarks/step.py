@@ -31,8 +31,8 @@ from torch.nn.functional import silu
 
 from megatron_dms.benchmarks.measuring import Candidate, compare, device_name, ratio
 from megatron_dms.config import DMSConfig
+from megatron_dms.mcore.compression_account import CompressionAccount, ModelShape
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
-from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.training.fused_output import FusedDistillation
 from megatron_dms.training.teacher import distill, share_parameters

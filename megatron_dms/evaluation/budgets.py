@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_dms.evaluation.baselines import METHODS as PLAIN_METHODS
+from megatron_dms.inference.baselines import METHODS as PLAIN_METHODS
 
 METHODS = ("dms", *PLAIN_METHODS)
 # A CR of no more digits than `str` shows: two budgets never share a file.

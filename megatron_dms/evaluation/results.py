@@ -10,11 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.durable import write_durably
 from megatron_dms.evaluation.budgets import Budget
-from megatron_dms.evaluation.evaluation import TaskChoice, problems_mark
-from megatron_dms.evaluation.exported import load_tokenizer
-from megatron_dms.evaluation.provenance import made_by
+from megatron_dms.evaluation.evaluation_run import TaskChoice, problems_mark
 from megatron_dms.evaluation.samples import (
     SETTINGS,
     Sample,
@@ -24,6 +21,9 @@ from megatron_dms.evaluation.samples import (
     runs_there,
     samples_path,
 )
+from megatron_dms.files import write_durably
+from megatron_dms.inference.loading import load_tokenizer
+from megatron_dms.provenance import made_by
 
 _KINDS = {"task": (str,), "data": (str, type(None)), "limit": (int, type(None)), "task_options": (dict,)}
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from megatron_dms.evaluation.budgets import Run
-from megatron_dms.evaluation.generation import Sampling, check_prompts, end_texts_only, generate, pad_id
 from megatron_dms.evaluation.samples import (
     Batch,
     Chain,
@@ -25,6 +24,7 @@ from megatron_dms.evaluation.samples import (
     note_maker,
     samples_path,
 )
+from megatron_dms.inference.generation import Sampling, check_prompts, end_texts_only, generate, pad_id
 
 _SECONDS_BETWEEN_LINES = 10.0
 _LOOP_REPEATS = 4

@@ -14,9 +14,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.durable import write_durably
 from megatron_dms.evaluation.budgets import Run
-from megatron_dms.evaluation.json_file import read_object
+from megatron_dms.files import read_object, write_durably
 
 SETTINGS = "settings.json"
 MADE_BY = "made_by"

@@ -72,7 +72,7 @@ class DMSSettings:
 
     method: str = "evict"
     """What becomes of a marked pair: "evict", or "merge" it into the one before (DMC, for comparison: see
-    megatron_dms/evaluation/dmc.py, which alone runs such a model)."""
+    megatron_dms/inference/dmc_model.py, which alone runs such a model)."""
     importance_scale: float = 1.0
     """"merge": a pair's weight in the mean is sigmoid(importance_scale * raw - importance_offset)."""
     importance_offset: float = 0.0

@@ -18,7 +18,7 @@ def refuse_merging(settings: DMSSettings) -> None:
     if settings.method == "merge":
         raise ValueError(
             "dms_method in config.json is 'merge': this model merges pairs (DMC, for comparison with DMS), "
-            "which plain transformers does not run; load it with megatron_dms.evaluation.dmc.load_dmc"
+            "which plain transformers does not run; load it with megatron_dms.inference.dmc_model.load_dmc"
         )
 
 

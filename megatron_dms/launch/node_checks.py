@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from megatron_dms.checkpoint import CheckpointError
-from megatron_dms.launch.findings import Finding
+from megatron_dms.conversion import CheckpointError
+from megatron_dms.data.token_files import DataError, check_pair, loss_mask_prefix
+from megatron_dms.launch.node_report import Finding
 from megatron_dms.training.checks import StartupError
-from megatron_dms.training.token_files import DataError, check_pair, loss_mask_prefix
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1e9

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_dms.command_line import say
 from megatron_dms.launch import node_checks
-from megatron_dms.launch.findings import Finding, NodeReport, compare, failures, summary, table
+from megatron_dms.launch.node_report import Finding, NodeReport, compare, failures, summary, table
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

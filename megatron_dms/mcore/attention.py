@@ -22,8 +22,8 @@ from torch import Tensor
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.kernels import AttentionBackend, attention_backend, backend_name
+from megatron_dms.mcore.compression_account import attach_compression_loss
 from megatron_dms.mcore.context_parallel import HeadExchange
-from megatron_dms.mcore.ledger import attach_compression_loss
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.mcore.predictor import BorrowedChannel, LinearPredictor, share_head_zero
 from megatron_dms.ops.eviction import Eviction, hard_eviction, logistic_noise, shift, soft_eviction

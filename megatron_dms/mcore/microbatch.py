@@ -12,7 +12,7 @@ from enum import Enum
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_dms.mcore.ledger import CompressionAccount
+from megatron_dms.mcore.compression_account import CompressionAccount
 
 
 class Phase(Enum):

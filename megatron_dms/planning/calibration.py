@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from megatron_dms.planning import published
 from megatron_dms.planning.devices import DEVICES, Assumptions, Device
+from megatron_dms.planning.job import RECIPES, Setting
 from megatron_dms.planning.models import ModelSize, preset
 from megatron_dms.planning.published import Training
 from megatron_dms.planning.search import Plan, find_layouts
 from megatron_dms.planning.serving import Serving, live_pairs
-from megatron_dms.planning.setting import RECIPES, Setting
 from megatron_dms.planning.step_time import step_flops
 
 

@@ -8,7 +8,7 @@ dropout, and the tensors of DMS. A linear layer whose weight is frozen does not 
 
 from dataclasses import dataclass, fields
 
-from megatron_dms.planning.setting import ELEMENT, Layout, Setting
+from megatron_dms.planning.job import ELEMENT, Layout, Setting
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes per parameter: bf16; the fp32 gradient buffer of Megatron's DDP; fp32 master weight, two moments."""

@@ -122,7 +122,7 @@ def of_folder(folder: Path) -> ModelSize:
     Raises:
         ValueError: no such file, or a model that this project does not know; one line.
     """
-    from megatron_dms.checkpoint.families import read_model
+    from megatron_dms.conversion.families import read_model
 
     path = folder / "config.json"
     try:

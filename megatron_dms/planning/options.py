@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_dms.command_line import Parser
 from megatron_dms.planning.devices import DEVICES, Assumptions
+from megatron_dms.planning.job import RECIPES, RECOMPUTE
 from megatron_dms.planning.models import PRESETS
-from megatron_dms.planning.setting import RECIPES, RECOMPUTE
 
 _DEFAULTS = Assumptions()
 ASSUMED = {

@@ -100,7 +100,7 @@ DEMO_WINDOW = 16
 
 QWEN3_SMALL = ModelSize("qwen3-0.6b", 28, 1024, 3072, 16, 8, 128, 151936, 131072, tied=True, qk_norm=True)
 TOY = ModelSize("tiny", 2, 64, 96, 4, 2, 16, 131, 131072, tied=True)
-"""Shapes of megatron_dms/benchmarks/filled.py that are no presets."""
+"""Shapes of megatron_dms/benchmarks/synthetic_models.py that are no presets."""
 
 NOT_COMPARED = {
     "training steps of docs/performance.md": "toys on two CPU cores: calls, not arithmetic, take the time",

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 from megatron_dms.ops.schedule import CompressionSchedule
 from megatron_dms.planning.devices import Assumptions, Device
+from megatron_dms.planning.job import RECOMPUTE, Layout, Setting, layouts
 from megatron_dms.planning.memory import Memory, peak_memory
-from megatron_dms.planning.setting import RECOMPUTE, Layout, Setting, layouts
 from megatron_dms.planning.step_time import StepTime, step_time
 
 

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass, fields
 
 from megatron_dms.planning.devices import Assumptions, Device
+from megatron_dms.planning.job import ELEMENT, Layout, Setting
 from megatron_dms.planning.memory import GRADIENT, WEIGHT
-from megatron_dms.planning.setting import ELEMENT, Layout, Setting
 
 ATTENTION_BACKWARD = 2.5
 """In times of its forward."""

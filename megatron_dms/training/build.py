@@ -9,10 +9,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args
 
-from megatron_dms.checkpoint import set_model_args, set_rope
-from megatron_dms.checkpoint.rope import attention_factor
-from megatron_dms.checkpoint.training_args import ARCHITECTURE
 from megatron_dms.config import DMSConfig
+from megatron_dms.conversion import set_model_args, set_rope
+from megatron_dms.conversion.rope import attention_factor
+from megatron_dms.conversion.training_args import ARCHITECTURE
 from megatron_dms.kernels import backend_name
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
 from megatron_dms.training.teacher import distill, share_parameters

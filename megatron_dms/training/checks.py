@@ -108,7 +108,7 @@ def check_positive(args: Namespace) -> None:
 
 def check_checkpoint(args: Namespace, dms: DMSConfig, start: "Weights", continues: bool) -> None:
     """Compare flags with the checkpoint's model and DMS settings."""
-    from megatron_dms.checkpoint import check_model_args, set_model_args
+    from megatron_dms.conversion import check_model_args, set_model_args
 
     check_model_args(args, start.args)
     set_model_args(args, start.args)
@@ -154,7 +154,7 @@ def warn_if_not_zeroed(dms: DMSConfig, start: "Weights") -> None:
 
 def check_attention_backend(args: Namespace, dms: DMSConfig) -> None:
     """The named back-end can train on this machine (Triton's interpreter counts: tests run in it)."""
-    from megatron_dms.platform import cpu  # imports torch
+    from megatron_dms.upstream import cpu
 
     name = dms.attention_backend
     interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

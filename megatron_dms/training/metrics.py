@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dms.config import DMSConfig
-from megatron_dms.mcore.ledger import CompressionAccount
+from megatron_dms.mcore.compression_account import CompressionAccount
 from megatron_dms.ops.losses import compression_loss
 
 KL, COMPRESSION_LOSS = "KL", "compression loss"

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.durable import write_durably
+from megatron_dms.files import write_durably
 
 NAME = "metrics.jsonl"
 _BY_SAMPLES = " vs samples"  # Megatron logs each scalar once more over the number of samples; no step there

@@ -9,7 +9,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_dms.durable import write_durably
+from megatron_dms.files import write_durably
 from megatron_dms.training.metrics_file import NAME, MetricsFile, MirroringWriter
 
 RUN_ID = "wandb_run_id"
@@ -50,7 +50,7 @@ def mirror_metrics(mirror: MetricsFile | None) -> None:
 def _choose_wandb_run(args: Namespace, step: int, rewind: bool) -> None:
     """Say by environment, Megatron's wandb.init() has no such argument, which run to open; what the user has
     set there counts more."""
-    from megatron_dms.checkpoint.megatron_folder import TRACKER
+    from megatron_dms.formats.megatron_folder import TRACKER
 
     path = Path(args.save) / RUN_ID
     kept = path.read_text().strip() if path.is_file() else ""

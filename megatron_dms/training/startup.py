@@ -65,11 +65,11 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_dms.checkpoint import CheckpointError
-    from megatron_dms.training.data_arguments import validate_data_args
+    from megatron_dms.conversion import CheckpointError
+    from megatron_dms.data.data_flags import validate_data_args
+    from megatron_dms.data.token_files import DataError
     from megatron_dms.training.layout import check_heads_and_layers, check_layout
     from megatron_dms.training.run_log import mirror_metrics, open_run_log
-    from megatron_dms.training.token_files import DataError
 
     try:
         begin: list[tuple[Weights, bool]] = []
@@ -121,9 +121,9 @@ def _prepare_parser(
 
     begin: gets the starting point, which these defaults need, so that it is opened once.
     """
-    from megatron_dms.checkpoint import set_parser_defaults
-    from megatron_dms.platform import cpu
-    from megatron_dms.platform.wheel import LOCAL_DEFAULTS
+    from megatron_dms.conversion import set_parser_defaults
+    from megatron_dms.upstream import cpu
+    from megatron_dms.upstream.wheel import LOCAL_DEFAULTS
 
     parser.error = _raise_startup_error
     add_dms_arguments(parser)
@@ -153,8 +153,8 @@ def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:
     A new run replaces those that an earlier one of another model left, unless there are checkpoints too: its
     files and ours would be mixed up.
     """
-    from megatron_dms.checkpoint import CheckpointError
-    from megatron_dms.checkpoint.megatron_folder import HF, TRACKER
+    from megatron_dms.conversion import CheckpointError
+    from megatron_dms.formats.megatron_folder import HF, TRACKER
 
     try:
         if (save / HF).exists() and (continues or start.has_hf_files(save)):
@@ -175,7 +175,7 @@ def _newest_readable(load: Path, iteration: int) -> "Weights":
     One that cannot is passed over here; what becomes of it is decided when all ranks verify its bytes
     (training/checkpoints.py).
     """
-    from megatron_dms.checkpoint.finished import resume_point
+    from megatron_dms.resilience.run_folder import resume_point
     from megatron_dms.training.weights import MegatronWeights
 
     damaged: dict[int, str] = {}
@@ -196,8 +196,8 @@ def starting_point(args: Namespace) -> tuple["Weights", bool]:
 
     A retrofit that was begun is resumed, whatever it started from: the same command line does both.
     """
-    from megatron_dms.checkpoint.finished import resume_point
-    from megatron_dms.checkpoint.megatron_folder import RELEASE, TRACKER
+    from megatron_dms.formats.megatron_folder import RELEASE, TRACKER
+    from megatron_dms.resilience.run_folder import resume_point
     from megatron_dms.training.weights import HFWeights, MegatronWeights
 
     def finished(folder: str | None) -> bool:

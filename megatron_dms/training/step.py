@@ -30,9 +30,10 @@ from torch import Tensor
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.kernels import backend_name
+from megatron_dms.mcore.compression_account import CompressionAccount, ModelShape
 from megatron_dms.mcore.context_parallel import own_tokens
-from megatron_dms.mcore.ledger import CompressionAccount, ModelShape
 from megatron_dms.mcore.microbatch import Microbatch, Phase
+from megatron_dms.resilience.watchdog import STEP, VALIDATION, Watchdog
 from megatron_dms.training.fused_output import FusedDistillation
 from megatron_dms.training.metrics import (
     COMPRESSION_LOSS,
@@ -48,7 +49,6 @@ from megatron_dms.training.metrics import (
     schedule_text,
 )
 from megatron_dms.training.trainable import zero_borrowed_rows
-from megatron_dms.training.watchdog import STEP, VALIDATION, Watchdog
 
 _Queue = deque[tuple[dict[str, Tensor], Microbatch]]
 

@@ -10,13 +10,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dms.checkpoint import CheckpointError
-from megatron_dms.checkpoint.export_layout import of_source, write_side_files
-from megatron_dms.checkpoint.families import read_model
-from megatron_dms.checkpoint.hf_folder import HFFolder
-from megatron_dms.checkpoint.hf_weights import load_hf_weights
-from megatron_dms.checkpoint.megatron_folder import HF, open_checkpoint
-from megatron_dms.checkpoint.staging import staged_folder
+from megatron_dms.conversion import CheckpointError
+from megatron_dms.conversion.export_files import of_source, write_side_files
+from megatron_dms.conversion.families import read_model
+from megatron_dms.conversion.hf_folder import HFFolder
+from megatron_dms.conversion.hf_weights import load_hf_weights
+from megatron_dms.files import staged_folder
+from megatron_dms.formats.megatron_folder import HF, open_checkpoint
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

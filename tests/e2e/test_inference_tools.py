@@ -49,10 +49,8 @@ metric_list:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny reasoner's base as a DMS model that evicts: its query channel was never taught to."""
-    sys.path.insert(0, str(ROOT / "tests" / "unit"))
-    from test_checkpoint_roundtrip import rewrite
-
-    from megatron_dms.checkpoint import export_hf, import_hf
+    from megatron_dms.conversion import export_hf, import_hf
+    from tests.unit.conversion.test_roundtrip import rewrite
 
     folder = tmp_path_factory.mktemp("tools")
     import_hf(BASE, folder / "megatron")
@@ -70,7 +68,6 @@ def loaded(exported: Path):
 
 
 def problems(count: int) -> list[dict]:
-    sys.path.insert(0, str(BASE.parent))
     from problems import generate
 
     items = itertools.islice(generate("heldout", 3), count)

@@ -5,10 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import BF16, CASES, FP32, PARTS, Case, compare, expected, make_inputs, results
 
 from megatron_dms.benchmarks.attention import Shape, drawn
 from megatron_dms.kernels import attention_backend
+from tests.support.attention_cases import (
+    BF16,
+    CASES,
+    FP32,
+    PARTS,
+    Case,
+    compare,
+    expected,
+    make_inputs,
+    results,
+)
 
 pytestmark = [
     pytest.mark.gpu,

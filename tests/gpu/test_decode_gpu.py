@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_hf_reference import random_tokens, tiny_model
 
 from megatron_dms.hf import graph_dms, pages_dms
 from megatron_dms.hf.graph_dms import GraphedStep
+from tests.unit.hf.test_reference import random_tokens, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

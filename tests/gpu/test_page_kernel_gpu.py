@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from page_cases import CASES, Case, PageInputs, grown, make_inputs, reference, tolerance
 
 from megatron_dms.hf.page_kernel_dms import attend_pages_triton
+from tests.support.page_cases import CASES, Case, PageInputs, grown, make_inputs, reference, tolerance
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,8 +4,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from comparison import COMPARED
-from retrofit import STEPS, Workspace, make_base, make_data
+
+from tests.support.comparison import COMPARED
+from tests.support.retrofit import STEPS, Workspace, make_base, make_data
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,7 +1,8 @@
 """One base checkpoint, one data set, and one run on a single process, for all comparisons."""
 
 import pytest
-from retrofit import Workspace, make_base, make_data
+
+from tests.support.retrofit import Workspace, make_base, make_data
 
 
 @pytest.fixture(scope="session")

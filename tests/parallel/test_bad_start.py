@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from retrofit import ROOT, Workspace, environment
+from tests.support.retrofit import ROOT, Workspace, environment
 
 TIMEOUT = 120  # seconds
 DELAY = """

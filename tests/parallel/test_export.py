@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from comparison import cross_entropy
-from retrofit import STEPS, Workspace
 from transformers import AutoModelForCausalLM
 
-from megatron_dms.checkpoint import export_hf
-from megatron_dms.evaluation.dmc import load_dmc
+from megatron_dms.conversion import export_hf
+from megatron_dms.inference.dmc_model import load_dmc
+from tests.support.comparison import cross_entropy
+from tests.support.retrofit import STEPS, Workspace
 
 TOLERANCE = 1e-5  # relative, on the mean cross entropy in fp32
 

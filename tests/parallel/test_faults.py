@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from faults import Ended, run_with
-from offline_wandb import synced
-from retrofit import Workspace
 
-from megatron_dms.checkpoint.megatron_folder import TRACKER
-from megatron_dms.training.watchdog import EXIT
+from megatron_dms.formats.megatron_folder import TRACKER
+from megatron_dms.resilience.watchdog import EXIT
+from tests.support.faults import Ended, run_with
+from tests.support.offline_wandb import synced
+from tests.support.retrofit import Workspace
 
 AT = 4  # the step with the fault
 NOTHING = "def before(*_): pass"

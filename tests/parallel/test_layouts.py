@@ -6,8 +6,9 @@ weights, so gradients are compared in effect entry by entry.
 """
 
 import pytest
-from comparison import TOLERANCE, assert_same_curves
-from retrofit import STEPS, Workspace
+
+from tests.support.comparison import TOLERANCE, assert_same_curves
+from tests.support.retrofit import STEPS, Workspace
 
 Curves = dict[str, list[float]]
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")

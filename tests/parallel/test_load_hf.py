@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import TOLERANCE, assert_same_curves, cross_entropy
-from retrofit import STEPS, VOCAB, WINDOW, Workspace, save_qwen3
 from torch import Tensor
 
-from megatron_dms.checkpoint import export_hf, import_hf
+from megatron_dms.conversion import export_hf, import_hf
 from megatron_dms.training.checks import StartupError
+from tests.support.comparison import TOLERANCE, assert_same_curves, cross_entropy
+from tests.support.retrofit import STEPS, VOCAB, WINDOW, Workspace, save_qwen3
 
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
 ADAPTER = (
@@ -45,13 +45,13 @@ def save_qwen2_dms(folder: Path) -> None:
 
 def load_both_ways(rank: int, folder: Path, processes: int) -> None:
     """Process `rank`: at every layout, load each model from HF and from the import, and compare the bits."""
-    from megatron_dms.platform import cpu
+    from megatron_dms.upstream import cpu
 
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_dms.checkpoint.hf_folder import HFFolder
+    from megatron_dms.conversion.hf_folder import HFFolder
     from megatron_dms.training.weights import HFWeights
 
     torch.set_num_threads(1)
@@ -98,7 +98,7 @@ def load_as_megatron_does(chunks: list, folder: Path) -> None:
 
 def build(args, virtual_stage: int | None):
     """This rank's chunk of a GPTModel whose weights are not yet anything."""
-    from megatron_dms.checkpoint.parity.megatron_model import build_model
+    from megatron_dms.conversion.parity.megatron_model import build_model
 
     model = build_model(args, virtual_stage)
     with torch.no_grad():

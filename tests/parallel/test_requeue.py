@@ -12,11 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from comparison import assert_same_curves
-from retrofit import FLAGS, ROOT, TIMEOUT, Workspace, environment, free_port, read_curves
-
-from megatron_dms.checkpoint.megatron_folder import TRACKER, iteration_folder
-from megatron_dms.launch.resume_check import compare
+from megatron_dms.formats.megatron_folder import TRACKER, iteration_folder
+from megatron_dms.resilience.resume_check import compare
+from tests.support.comparison import assert_same_curves
+from tests.support.retrofit import FLAGS, ROOT, TIMEOUT, Workspace, environment, free_port, read_curves
 
 ITERATIONS = 30  # of some 0.1 seconds each: time enough for a signal in between
 SAVING = ("--save-interval", "1000", "--train-iters", str(ITERATIONS))

@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comparison import TOLERANCE, assert_same_curves
-from retrofit import STEPS, Workspace
-from test_layouts import PP, TP
 
-from megatron_dms.checkpoint.megatron_folder import iteration_folder
-from megatron_dms.launch.resume_check import compare
+from megatron_dms.formats.megatron_folder import iteration_folder
+from megatron_dms.resilience.resume_check import compare
+from tests.parallel.test_layouts import PP, TP
+from tests.support.comparison import TOLERANCE, assert_same_curves
+from tests.support.retrofit import STEPS, Workspace
 
 HALF = STEPS // 2
 

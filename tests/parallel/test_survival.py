@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from retrofit import ROOT, STEPS, TIMEOUT, Workspace, environment
-from test_layouts import PP, TP
 
-from megatron_dms.checkpoint.finished import finished_iterations
-from megatron_dms.checkpoint.megatron_folder import TRACKER
-from megatron_dms.launch.resume_check import compare
+from megatron_dms.formats.megatron_folder import TRACKER
+from megatron_dms.resilience.resume_check import compare
+from megatron_dms.resilience.run_folder import finished_iterations
+from tests.parallel.test_layouts import PP, TP
+from tests.support.retrofit import ROOT, STEPS, TIMEOUT, Workspace, environment
 
 SAVING = ("--save-interval", "2")
 

@@ -1,10 +1,10 @@
 """The zeroing of a borrowed channel in bfloat16, where the optimizer has weights of its own."""
 
 import torch
-from retrofit import Workspace
 
-from megatron_dms.checkpoint.megatron_folder import iteration_folder
-from megatron_dms.checkpoint.torch_dist import Reader
+from megatron_dms.formats.megatron_folder import iteration_folder
+from megatron_dms.formats.torch_dist import Reader
+from tests.support.retrofit import Workspace
 
 ZEROING = 2
 GROUPS, QUERIES_PER_GROUP, HEAD_SIZE = 2, 2, 16

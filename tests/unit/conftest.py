@@ -9,9 +9,8 @@ import pytest
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """hf (Llama in three files), tied (Qwen3 in one) and megatron (the first, imported): never changed."""
-    from test_checkpoint_models import make_llama, make_qwen3
-
-    from megatron_dms.checkpoint import import_hf
+    from megatron_dms.conversion import import_hf
+    from tests.unit.conversion.test_models import make_llama, make_qwen3
 
     folder = tmp_path_factory.mktemp("originals")
     make_llama(folder / "hf")

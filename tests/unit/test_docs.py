@@ -97,7 +97,7 @@ def tree_named(text: str) -> set[str]:
 
 
 def exists(path: str) -> bool:
-    """A path, or a pattern, relative to the root (or to the package, as `mcore/ledger.py`)."""
+    """A path, or a pattern, relative to the root (or to the package, as `mcore/compression_account.py`)."""
     return any(next(base.glob(path), None) is not None for base in (ROOT, ROOT / "megatron_dms"))
 
 
@@ -155,11 +155,11 @@ def test_rules_on_a_sample() -> None:
     }
     assert tree_named(SAMPLE) == {
         *("setup.py", "pyproject.toml", "megatron_dms", "megatron_dms/training", "tools"),
-        *("megatron_dms/training/data.py", "megatron_dms/training/ghost.py"),
+        *("megatron_dms/data/dataset.py", "megatron_dms/training/ghost.py"),
     }
     assert make_targets_named(SAMPLE) == {"demo", "install", "test", "lint"}
     assert set(_FLAG.findall(SAMPLE)) == {"--dms-window", "--dms-final-cr"}
-    assert exists("megatron_dms/training/data.py") and not exists("megatron_dms/training/ghost.py")
+    assert exists("megatron_dms/data/dataset.py") and not exists("megatron_dms/training/ghost.py")
     assert {"install", "test", "demo", "lint", "format", "clean", "help"} <= make_targets()
     assert "--dms-window" in dms_flags()
 
@@ -229,7 +229,7 @@ def test_the_inference_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Catches: an example that the exported model, or this version of transformers, does not run.
     """
-    from test_evaluation_cost import export_with_tokenizer
+    from tests.unit.evaluation.test_cost import export_with_tokenizer
 
     page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
     blocks = _PYTHON.findall(page)

@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from megatron_dms.evaluation.answers import choice_letter
-from megatron_dms.evaluation.tasks.rows import Row, problems_of
+from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of
 from megatron_dms.evaluation.tasks.source import Dataset
 from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grades_of
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_dms.evaluation.code_answers import Verdict, check_code, extract_code
 from megatron_dms.evaluation.tasks.code_tests import CodeTests
-from megatron_dms.evaluation.tasks.rows import Row, problems_of, read_rows
+from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of, read_rows
 from megatron_dms.evaluation.tasks.source import data_files, find_files, unreachable
 from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grades_of
 

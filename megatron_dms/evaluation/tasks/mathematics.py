@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dms.evaluation.answers import integer_answer, last_box, math_answer, math_equal, math_gold
-from megatron_dms.evaluation.tasks.rows import Row, problems_of
+from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of
 from megatron_dms.evaluation.tasks.source import Dataset
 from megatron_dms.evaluation.tasks.task import Problem, Task, ask, grades_of
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from megatron_dms.evaluation.prompts import Prompt
 from megatron_dms.evaluation.tasks.ruler_text import keys, sentence
 from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grades_of
+from megatron_dms.inference.prompts import Prompt
 
 PROBLEMS = 100
 """Made if no limit is given."""

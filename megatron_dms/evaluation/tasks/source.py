@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dms.evaluation.tasks.rows import FORMATS, Row, read_rows
+from megatron_dms.evaluation.tasks.dataset_files import FORMATS, Row, read_rows
 
 _SPLITS = {
     "train": ("train",),

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.evaluation.tasks.rows import Row, problems_of, read_rows
+from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of, read_rows
 from megatron_dms.evaluation.tasks.task import Problem, Task, grades_of
 
 # What may follow the answer: the end of the turn, padding, full stops and white space.

@@ -1,0 +1,146 @@
+"""An HF checkpoint folder: config.json, safetensors and side files, opened with every name accounted for."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_dms.conversion import dms_formats
+from megatron_dms.errors import CheckpointError
+from megatron_dms.formats.safetensors_file import TensorInfo, read_header
+from megatron_dms.formats.tensor_rows import FileRows, read_all
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_TENSOR_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".npz",
+)
+_TENSOR_INDEX = ".bin.index.json"
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a file. Raises CheckpointError, naming the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, expected an object")
+    return found
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this names a file of the folder it is written in: no path, nothing that no file is called."""
+    if not isinstance(name, str) or name in ("", ".", "..") or len(name.encode()) > 255:
+        return False
+    return name.isprintable() and "/" not in name
+
+
+def read_dms_metadata(folder: Path) -> dict[str, object] | None:
+    """dms_metadata.json of a folder, where there is one."""
+    path = folder / dms_formats.METADATA
+    return read_json(path) if path.is_file() else None
+
+
+class HFFolder:
+    """Tensors of a folder by name, read one at a time.
+
+    config, dms_metadata: config.json and FastDMS's dms_metadata.json (None if it is not there), parsed.
+    infos: name -> file, dtype, shape, in the order of the files.
+    Raises CheckpointError for a missing shard, a truncated file, or an index that disagrees with the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is no folder; expected a local HF checkpoint with config.json")
+        if (path / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path} holds an adapter (adapter_config.json); merge it into the weights first"
+            )
+        self.path = path
+        self.config = read_json(path / "config.json")
+        self.dms_metadata = read_dms_metadata(path)
+        index, single = path / INDEX, path / SINGLE
+        if index.exists() and single.exists():
+            raise CheckpointError(f"{path} has both {INDEX} and {SINGLE}; remove the one that is stale")
+        if not index.exists() and not single.exists():
+            others = sorted(file.name for file in path.iterdir() if file.name.endswith(_TENSOR_SUFFIXES))
+            raise CheckpointError(
+                f"{path} has neither {SINGLE} nor {INDEX} (found {', '.join(others) or 'none'}); "
+                "save the model in safetensors format first"
+            )
+        self.infos = read_header(single) if single.exists() else self._read_shards(read_json(index))
+
+    def _read_shards(self, index: dict[str, object]) -> dict[str, TensorInfo]:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{self.path / INDEX} has no weight_map")
+        for name, file in weight_map.items():
+            if not is_plain_name(file):
+                raise CheckpointError(
+                    f"{self.path / INDEX} puts {name} into {file!r}, expected a file of this folder"
+                )
+        infos: dict[str, TensorInfo] = {}
+        for file in sorted(set(weight_map.values())):
+            path = self.path / file
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing, though {INDEX} names it; fetch it again")
+            for name, info in read_header(path).items():
+                if weight_map.get(name) != file:
+                    raise CheckpointError(
+                        f"{path} holds {name}, which {INDEX} puts elsewhere: {weight_map.get(name)}"
+                    )
+                infos[name] = info
+        absent = sorted(set(weight_map) - set(infos))
+        if absent:
+            raise CheckpointError(
+                f"{self.path}: {INDEX} names {absent[0]}, but {weight_map[absent[0]]} lacks it"
+            )
+        return infos
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; only its own bytes are read."""
+        return read_all(self.rows(name))
+
+    def rows(self, name: str) -> FileRows:
+        """One tensor, to be read row by row."""
+        info = self.infos[name]
+        return FileRows(self.path / info.file, info.offset, info.dtype, info.shape)
+
+    def read_slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
+        """A part of one tensor; only its own bytes are read."""
+        path = self.path / self.infos[name].file
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return file.get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: cannot read {name}: {error}") from error
+
+
+def side_files(folder: Path) -> Iterator[Path]:
+    """Every file that holds no tensors, relative to the folder; hidden folders (.git) are left out."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts[:-1])
+        if path.is_file() and not hidden and not path.name.endswith((*_TENSOR_SUFFIXES, _TENSOR_INDEX)):
+            yield relative
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes (through links, as a hub cache has them), making its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)

@@ -1,0 +1,144 @@
+"""The model card of an exported DMS model: what it was made from, how, and how to run and measure it."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_dms.conversion.dms_formats import DMS
+
+CARD = "README.md"
+BASE_CARD = "README_base.md"
+"""Where the base model's own card goes."""
+
+_DECIDES = {
+    "query_channel": "the last channel of the first query head of each group",
+    "key_channel": "the last channel of the key",
+    "linear": "a linear layer of its own on the residual stream",
+}
+
+
+def model_card(dms: DMS, args: Namespace, iteration: int, base: str, base_card: Path) -> str:
+    """Markdown with the front matter that model hubs read.
+
+    dms: the exported settings. args, iteration: of the Megatron checkpoint. base: name of the base model.
+    base_card: its own card, whose licence is taken over where there is one.
+    """
+    if dms.fields.get("method") == "merge":
+        return _card_of_merging(dms, args, iteration, base, base_card)
+    fields = dms.fields
+    asked = "unknown" if dms.reached_cr is None else f"{dms.reached_cr:g}"
+    each = "each KV head" if fields["granularity"] == "head" else "KV head 0, for all heads of its layer,"
+    licence = _licence(base_card)
+    return f"""---
+base_model: {base}
+library_name: transformers
+{licence}tags:
+- dynamic-memory-sparsification
+- kv-cache-compression
+---
+
+# {base}, retrofitted with Dynamic Memory Sparsification
+
+The weights of {base}, trained on so that {each} decides by itself which key-value pairs to forget
+(DMS, NeurIPS 2025, arXiv 2506.05345). A pair that is marked stays readable for {fields["window"]} more
+tokens and is then dropped for good, so the KV cache stays small.
+
+| | |
+|---|---|
+| base model | {base} |
+| compression ratio asked for by the schedule | {asked} |
+| window | {fields["window"]} tokens |
+| who decides | {_DECIDES[str(fields["predictor"])]} |
+| decision of a pair | read {fields["lag"]} token(s) later |
+{_training(args, iteration)}
+## Run it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+inputs = tokenizer("Why is the sky blue?", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))
+print(model.last_kv_stats)
+```
+
+`last_kv_stats` tells the compression ratio that this text achieved, the KV reads, and the most pairs and
+bytes that were held. The ratio above is what training asked for; what a model reaches depends on the text,
+and pairs inside the window are never dropped. To compare with the full cache, set `dms_disable_eviction` to
+true in `config.json`.
+"""
+
+
+def _card_of_merging(dms: DMS, args: Namespace, iteration: int, base: str, base_card: Path) -> str:
+    asked = "unknown" if dms.reached_cr is None else f"{dms.reached_cr:g}"
+    return f"""---
+base_model: {base}
+{_licence(base_card)}tags:
+- dynamic-memory-compression
+- kv-cache-compression
+---
+
+# {base}, retrofitted with merging of key-value pairs
+
+The weights of {base}, trained on so that each KV head merges pairs into the ones before (Dynamic Memory
+Compression, ICML 2024, arXiv 2403.09636, as megatron_dms/ops/merging.py defines it), for comparison with
+Dynamic Memory Sparsification.
+
+| | |
+|---|---|
+| base model | {base} |
+| compression ratio asked for by the schedule | {asked} |
+{_training(args, iteration)}
+## Run it
+
+With megatron_dms only; plain transformers refuses it.
+
+```python
+from pathlib import Path
+from megatron_dms.inference.dmc_model import load_dmc
+
+model = load_dmc(Path(FOLDER), "float32", "cpu")
+model.generate(**inputs)
+print(model.last_kv_stats)
+```
+"""
+
+
+def _training(args: Namespace, iteration: int) -> str:
+    """Rows of the table that a checkpoint of a training run can fill."""
+    settings = getattr(args, "dms", None) or {}
+    if "steps_per_cr" not in settings:
+        return ""
+    what = "all weights" if settings.get("train") == "all" else "the predictor alone"
+    teacher = "the frozen base weights" if settings.get("teacher") == "self" else "a frozen teacher"
+    rows = {"trained": f"{what}, by distillation from {teacher} ({settings.get('kl')})", "steps": iteration}
+    for name, label in (
+        ("global_batch_size", "samples a step"),
+        ("seq_length", "tokens a sample"),
+        ("lr", "lr"),
+    ):
+        if getattr(args, name, None) is not None:
+            rows[label] = getattr(args, name)
+    return "".join(f"| {label} | {value} |\n" for label, value in rows.items())
+
+
+def _licence(card: Path) -> str:
+    """The `license...:` lines of a card's front matter."""
+    if not card.is_file():
+        return ""
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
+        return ""
+    front = lines[1 : lines.index("---", 1)]
+    return "".join(f"{line}\n" for line in front if line.startswith("license"))
+
+
+def model_name(folder: Path) -> str:
+    """What an HF folder is called: "owner/name" in a hub cache (…/models--owner--name/snapshots/…), else its
+    own name.
+    """
+    folder = folder.resolve()
+    for parent in (folder, *folder.parents):
+        if parent.name.startswith("models--"):
+            return parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name

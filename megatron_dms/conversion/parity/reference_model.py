@@ -1,0 +1,117 @@
+"""Outputs of transformers' model of an HF checkpoint, in fp32 on the CPU.
+
+The class is transformers' own for the model type, or for a DMS model that of megatron_dms/hf, whose settings
+come from the checked Model: formats that keep them elsewhere than in config.json are served too. Code that a
+checkpoint brings along is never executed: no Auto class and no auto_map is asked.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_dms import hf as hf_export
+from megatron_dms.conversion import dms_formats
+from megatron_dms.conversion.families import Model
+from megatron_dms.conversion.hf_folder import HFFolder
+from megatron_dms.conversion.parity.outputs import LOGIT_TOLERANCE, Outputs
+from megatron_dms.conversion.parity.prompts import Prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def reference_outputs(folder: HFFolder, model: Model, sets: list[Prompts]) -> list[Outputs]:
+    """Outputs for each set of prompts; the network is built, used and let go."""
+    network = _load(folder, model)
+    decisions = None if model.dms is None else _Decisions.record(network)
+    with torch.no_grad():
+        return [_run(network, prompts, decisions) for prompts in sets]
+
+
+def _load(folder: HFFolder, model: Model) -> "PreTrainedModel":
+    import transformers
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config_class = transformers.CONFIG_MAPPING[model.family.model_type]
+    entries: dict[str, object] = {}
+    if model.dms is None:
+        network_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    else:
+        entries = dms_formats.config_entries(model.dms, model.family.model_type, model.reached_cr)
+        network_class = _class_of(model.dms, model.family.model_type)
+    network = network_class.from_pretrained(
+        folder.path,
+        config=config_class.from_dict({**folder.config, **entries}),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return network.eval()
+
+
+def _class_of(fields: Mapping[str, object], model_type: str) -> type["PreTrainedModel"]:
+    if fields.get("method") == "merge":
+        from megatron_dms.inference.dmc_model import merging_class
+
+        return merging_class(model_type)
+    from megatron_dms.hf import modeling_dms
+
+    return getattr(modeling_dms, hf_export.MODEL_CLASSES[model_type])
+
+
+def _run(network: "PreTrainedModel", prompts: Prompts, decisions: "_Decisions | None") -> Outputs:
+    inputs: dict[str, Tensor] = {}
+    if not prompts.contiguous:
+        # The mask in full, or transformers would take the gaps for the borders of packed texts.
+        length = len(prompts.positions)
+        hidden = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)
+        inputs["attention_mask"] = hidden.expand(prompts.count, 1, -1, -1)
+        inputs["position_ids"] = prompts.positions_BT()
+    logits = network(prompts.tokens_BT(), use_cache=False, **inputs).logits
+    return Outputs(logits) if decisions is None else decisions.attach(logits)
+
+
+@dataclass
+class _Decisions:
+    """What each DMS attention layer of a network decides, recorded as it does."""
+
+    evict_BGT: list[Tensor] = field(default_factory=list)
+    near_zero_BGT: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def record(cls, network: "PreTrainedModel") -> "_Decisions":
+        decisions = cls()
+        for layer in network.model.layers:
+            layer.self_attn.decide = partial(decisions._decide, layer.self_attn, layer.self_attn.decide)
+        return decisions
+
+    def _decide(self, attention: torch.nn.Module, decide: Callable[..., Any], *inputs: Tensor) -> Any:
+        settings = attention.settings
+        margin = LOGIT_TOLERANCE * settings.alpha_scale
+        bounds = []
+        for offset in (settings.alpha_offset - margin, settings.alpha_offset + margin):
+            attention.settings = replace(settings, alpha_offset=offset)
+            bounds.append(_marks(decide(*inputs)))
+        attention.settings = settings
+        decided = decide(*inputs)
+        self.evict_BGT.append(_marks(decided).clone())
+        self.near_zero_BGT.append(bounds[0] ^ bounds[1])
+        return decided
+
+    def attach(self, logits: Tensor) -> Outputs:
+        """The outputs of the forward just done; the record is empty again."""
+        outputs = Outputs(logits, torch.stack(self.evict_BGT), torch.stack(self.near_zero_BGT))
+        self.evict_BGT, self.near_zero_BGT = [], []
+        return outputs
+
+
+def _marks(decided: Any) -> Tensor:
+    """[B, G, T] bool, of what `decide` returns: with importances beside it where pairs are merged."""
+    return decided if isinstance(decided, Tensor) else decided.merge

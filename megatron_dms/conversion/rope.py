@@ -1,0 +1,216 @@
+"""Rotary position embedding: HF's settings read, checked and turned into the frequencies that Megatron must
+use.
+
+Megatron's own flags are not enough (checked on megatron-core 0.19.2): `--use-rope-scaling` knows Llama 3's
+scaling with fixed low and high factors and a fixed original context of 8192, `gpt_config_from_args` drops
+`--rope-scaling-factor`, so that 8 is used for every model (Llama 3.2 has 32), and linear and dynamic scaling
+are not there. `set_rope` gives the model the exact frequencies instead, whatever the flags said.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_dms.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+RopeParameters = dict[str, str | float]
+
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_LARGEST = 1e30
+_YARN_DEFAULTS: dict[str, float] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+_OPTIONAL: dict[str, tuple[str, ...]] = {
+    "yarn": (
+        *_YARN_DEFAULTS,
+        *("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
+    ),
+}
+
+
+def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
+    """RoPE settings of a config.json, in one form: {"rope_type", "rope_theta", and the type's own numbers}.
+
+    Two spellings exist: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before).
+    Yarn's are completed: "attention_factor" multiplies cosine and sine, "truncate" is 0 or 1. Raises
+    CheckpointError for a type or a setting that this project cannot reproduce.
+    """
+    found: dict[str, object] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {key} is {value!r}, expected an object or null")
+        for name, part in value.items():
+            if found.setdefault(name, part) != part:
+                raise CheckpointError(
+                    f"config.json: RoPE's {name} is {found[name]!r} in rope_scaling and {part!r} in "
+                    "rope_parameters; keep one"
+                )
+    legacy_type = found.pop("type", None)
+    rope_type = found.pop("rope_type", legacy_type or "default")
+    if legacy_type is not None and legacy_type != rope_type:
+        raise CheckpointError(
+            f"config.json: RoPE has type {legacy_type!r} and rope_type {rope_type!r}; keep one"
+        )
+    if not isinstance(rope_type, str) or rope_type not in _NEEDED:
+        raise CheckpointError(
+            f"config.json: RoPE type {rope_type!r} is unknown, expected one of {', '.join(_NEEDED)}; "
+            "add it to megatron_dms/conversion/rope.py"
+        )
+    theta = found.pop("rope_theta", config.get("rope_theta", 10000.0))
+    if "rope_theta" in config and config["rope_theta"] is not None and config["rope_theta"] != theta:
+        raise CheckpointError(
+            f"config.json: rope_theta is {config['rope_theta']} and {theta} within rope_parameters; keep one"
+        )
+    partial = found.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise CheckpointError(f"config.json: partial_rotary_factor {partial} is not supported, expected 1.0")
+    needed, optional = _NEEDED[rope_type], _OPTIONAL.get(rope_type, ())
+    missing = [key for key in needed if key not in found]
+    extra = sorted(set(found) - set(needed) - set(optional))
+    if missing or extra:
+        raise CheckpointError(
+            f"config.json: RoPE type {rope_type!r} has missing keys {missing} and unknown keys {extra}; "
+            f"expected {list(needed)}" + (f", and optionally {sorted(optional)}" if optional else "")
+        )
+    truncate = found.pop("truncate", None)
+    if truncate not in (None, True, False):
+        raise CheckpointError(f"config.json: RoPE's truncate is {truncate!r}, expected true or false")
+    given = {key: value for key, value in found.items() if value is not None or key in needed}
+    numbers = {"rope_theta": theta, **given}
+    for key, value in numbers.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < _LARGEST:
+            raise CheckpointError(f"config.json: RoPE's {key} is {value!r}, expected a number above 0")
+    if rope_type == "yarn":
+        numbers = _complete_yarn(numbers, truncate, config.get("max_position_embeddings"))
+    return {"rope_type": rope_type, **numbers}
+
+
+def _complete_yarn(
+    numbers: Mapping[str, float], truncate: bool | None, positions: object
+) -> dict[str, float]:
+    """What is left out takes the values of transformers; the scales m become one attention factor."""
+    complete = {**_YARN_DEFAULTS, "original_max_position_embeddings": positions, **numbers}
+    if truncate is not None:
+        complete["truncate"] = truncate
+    if complete["rope_theta"] <= 1:
+        raise CheckpointError(
+            f"config.json: RoPE's rope_theta is {complete['rope_theta']}, expected more than 1 for yarn"
+        )
+    mscale, mscale_all = complete.pop("mscale", None), complete.pop("mscale_all_dim", None)
+    if "attention_factor" not in complete:
+        factor = float(complete["factor"])
+        if mscale and mscale_all:
+            complete["attention_factor"] = _yarn_scale(factor, mscale) / _yarn_scale(factor, mscale_all)
+        else:
+            complete["attention_factor"] = _yarn_scale(factor, 1.0)
+    return complete
+
+
+def _yarn_scale(factor: float, m: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+
+def attention_factor(rope: Mapping[str, str | float]) -> float:
+    """What cosine and sine are multiplied by; 1 but for yarn."""
+    return float(rope.get("attention_factor", 1.0))
+
+
+def inverse_frequencies(rope: Mapping[str, str | float], head_size: int) -> torch.Tensor:
+    """Angle per position of each pair of channels, fp32 [head_size / 2].
+
+    dynamic: those of texts up to max_position_embeddings, where it changes nothing; beyond, they would depend
+    on the text's length.
+    """
+    exponent = torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu").float() / head_size
+    periods = float(rope["rope_theta"]) ** exponent  # over 2 pi
+    match rope["rope_type"]:
+        case "linear":
+            return 1.0 / periods / float(rope["factor"])
+        case "yarn":
+            return _yarn_frequencies(rope, periods)
+        case "llama3":
+            return _llama3_frequencies(rope, 1.0 / periods)
+    return 1.0 / periods
+
+
+def _llama3_frequencies(rope: Mapping[str, str | float], frequencies: torch.Tensor) -> torch.Tensor:
+    """Pairs that turn fewer than `low_freq_factor` times within the original context are slowed down by
+    `factor`, those that turn more than `high_freq_factor` times are left alone, and between the two the
+    change is gradual.
+    """
+    factor, low, high, context = (float(rope[key]) for key in _NEEDED["llama3"])
+    wavelength = 2 * math.pi / frequencies
+    blend = (context / wavelength - low) / (high - low)
+    blended = (1 - blend) * frequencies / factor + blend * frequencies
+    scaled = torch.where(wavelength > context / low, frequencies / factor, frequencies)
+    between = (wavelength <= context / low) & (wavelength >= context / high)
+    return torch.where(between, blended, scaled)
+
+
+def _yarn_frequencies(rope: Mapping[str, str | float], periods: torch.Tensor) -> torch.Tensor:
+    """As llama3, but the change is linear in the number of the pair, between those that turn `beta_fast` and
+    `beta_slow` times within the original context (rounded outwards to whole pairs where `truncate`).
+    """
+    theta, context = float(rope["rope_theta"]), float(rope["original_max_position_embeddings"])
+    pairs = periods.numel()
+
+    def pair_that_turns(times: float) -> float:
+        return pairs * math.log(context / (times * 2 * math.pi)) / math.log(theta)
+
+    first, last = pair_that_turns(float(rope["beta_fast"])), pair_that_turns(float(rope["beta_slow"]))
+    if rope["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    if first == last:
+        last += 0.001  # as transformers does, against a division by zero
+    slowed = ((torch.arange(pairs, dtype=torch.float32) - first) / (last - first)).clamp(0, 1)
+    kept = 1 - slowed  # from here as transformers rounds: at position 131071 an ulp of a frequency shows
+    return 1.0 / (float(rope["factor"]) * periods) * (1 - kept) + 1.0 / periods * kept
+
+
+def set_rope(model: "GPTModel", rope: Mapping[str, str | float]) -> None:
+    """Give a Megatron GPTModel the exact frequencies and attention factor of `rope`, in place, before its
+    first forward.
+
+    Raises CheckpointError if the model has no rotary embedding or one of another size (a wrong --kv-channels,
+    --rotary-percent or --position-embedding-type), or fuses RoPE in a way that takes no attention factor.
+    """
+    embedding = getattr(model, "rotary_pos_emb", None)
+    if embedding is None:
+        raise CheckpointError("the model has no rotary embedding; use --position-embedding-type rope")
+    old = embedding.inv_freq
+    new = inverse_frequencies(rope, 2 * old.numel())
+    if 2 * old.numel() != model.config.kv_channels:
+        raise CheckpointError(
+            f"the Megatron model rotates {2 * old.numel()} channels of {model.config.kv_channels}, "
+            "expected all; use --rotary-percent 1.0"
+        )
+    embedding.inv_freq = new.to(device=old.device, dtype=old.dtype)
+    _set_attention_factor(model, attention_factor(rope))
+
+
+def _set_attention_factor(model: "GPTModel", factor: float) -> None:
+    """Megatron's attention multiplies cosine and sine by a factor of its own for yarn, kept under a private
+    name (checked on 0.19.2); its flags cannot express every factor.
+    """
+    if factor == 1.0:
+        return
+    if model.config.apply_rope_fusion:
+        raise CheckpointError("fused RoPE takes no attention factor, which yarn needs; use --no-rope-fusion")
+    for layer in model.decoder.layers:
+        if not hasattr(layer.self_attention, "_yarn_concentration_factor"):
+            raise CheckpointError("this version of Megatron-Core has no place for yarn's attention factor")
+        layer.self_attention._yarn_concentration_factor = factor

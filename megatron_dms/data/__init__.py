@@ -1,0 +1,1 @@
+"""From text and chats to the samples of a training step."""

@@ -1,0 +1,1 @@
+"""A checkpoint is loaded and generates: exports, plain models, and the methods they are compared with."""

@@ -1,0 +1,160 @@
+"""Running the real entry script in gloo processes on a tiny random model, and reading what it logged."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCAB, SEQUENCE, WINDOW = 131, 50, 7  # odd on purpose; 131 is padded differently at TP 1 and TP 2
+STEPS = 6
+TIMEOUT = 240  # seconds for one run; a run takes about 20 on an idle machine
+
+# With these, decisions are a true mixture and noise decides many of them: a test that noise or a decision
+# went wrong must be able to fail. Eviction starts at once and the target is above it, so the clamp is active.
+FLAGS = (
+    f"--seq-length {SEQUENCE} --train-iters {STEPS} --lr 3e-4 --lr-decay-style constant --adam-beta2 0.95 "
+    f"--clip-grad 1.0 --weight-decay 0 --eval-iters 0 --log-interval 1 --tensorboard-log-interval 1 "
+    "--seed 4321 "
+    f"--dms-window {WINDOW} --dms-alpha-scale 2 --dms-alpha-offset 1 --dms-temperature 0.5 "
+    "--dms-final-cr 4 --dms-steps-per-cr 1"
+).split()
+
+
+@dataclass
+class Workspace:
+    """A base checkpoint and data in a temporary folder, and the runs made from them."""
+
+    folder: Path
+    hf: Path = field(init=False)
+    base: Path = field(init=False)
+    other_teacher: Path = field(init=False)
+    data: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hf, self.base = self.folder / "hf", self.folder / "base"
+        self.other_teacher = self.folder / "other_teacher"
+        self.data = self.folder / "data"
+
+    def command(self, processes: int, *flags: str) -> list[str]:
+        """The command line of one run."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        return [
+            *(*launcher, "--master-port", str(free_port()), str(ROOT / "pretrain_dms.py"), *FLAGS),
+            *("--train-data-path", str(self.data)),
+            *_defaults("--pretrained-checkpoint", str(self.base), flags),
+            *_defaults("--dms-teacher", str(self.base), flags),
+            *_defaults("--micro-batch-size", "2", flags),
+            *_defaults("--global-batch-size", "4", flags),
+            *(flag for flag in flags if not flag.startswith("no--")),
+        ]
+
+    def run(self, name: str, processes: int, *flags: str) -> dict[str, list[float]]:
+        """Run to the end; -> the curve of every logged scalar, by its name."""
+        log = self.folder / f"{name}.log"
+        board = self.folder / "boards" / name
+        shutil.rmtree(board, ignore_errors=True)
+        command = self.command(processes, *flags, "--tensorboard-dir", str(board))
+        with log.open("w") as out:
+            code = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, env=environment(), timeout=TIMEOUT
+            ).returncode
+        if code:
+            raise RuntimeError(f"{' '.join(command)}\nexit code {code}\n{log.read_text()[-6000:]}")
+        return read_curves(board)
+
+
+def environment() -> dict[str, str]:
+    """One thread per process: sums are then made in one order, and two cores are not fought over."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+
+
+def _defaults(flag: str, value: str, given: tuple[str, ...]) -> list[str]:
+    """The flag, unless it is given, or `no--flag` is."""
+    return [] if flag in given or f"no{flag}" in given else [flag, value]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read_curves(board: Path) -> dict[str, list[float]]:
+    """Scalars of a TensorBoard folder, in order of their steps."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def make_base(workspace: Workspace) -> None:
+    """A random Qwen3 (GQA 4 / 2, q- and k-norm, tied) with its import, and a teacher of another size."""
+    from megatron_dms.conversion import import_hf
+
+    save_qwen3(workspace.hf)
+    import_hf(workspace.hf, workspace.base)
+    save_qwen3(
+        workspace.other_teacher,
+        **{"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "tie_word_embeddings": False},
+    )
+
+
+def save_qwen3(folder: Path, **changes: object) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(7)
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # peaked distributions, so that KL and gradients are far from rounding
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**settings | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    _save_tokenizer(folder)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    vocabulary = {f"w{i}": i for i in range(VOCAB)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w1"}
+    tokenizer = {"version": "1.0", "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    empty = ("truncation", "padding", "normalizer", "post_processor", "decoder")
+    tokenizer |= {"added_tokens": [], **dict.fromkeys(empty)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "w0", "eos_token": "w2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make_data(workspace: Workspace) -> None:
+    """Documents of many lengths, so that padding and the loss mask matter."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator = np.random.default_rng(11)
+    tokens = IndexedDatasetBuilder(f"{workspace.data}.bin", dtype=np.uint16)
+    masks = IndexedDatasetBuilder(f"{workspace.data}_loss_mask.bin", dtype=np.uint8)
+    for _ in range(60):
+        length = int(generator.integers(12, SEQUENCE + 2))
+        mask = (np.arange(length) >= length // 3).astype(np.uint8)
+        for builder, values in ((tokens, generator.integers(0, VOCAB, length)), (masks, mask)):
+            builder.add_document(torch.from_numpy(values.astype(np.int64)), [length])
+    tokens.finalize(f"{workspace.data}.idx")
+    masks.finalize(f"{workspace.data}_loss_mask.idx")

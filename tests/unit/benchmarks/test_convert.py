@@ -1,0 +1,144 @@
+"""tools/bench.py convert, on a checkpoint of a few megabytes."""
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_dms.benchmarks import convert as benchmark
+
+TOOL = Path(__file__).parents[3] / "tools" / "bench.py"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The tool, for a model a hundredth as large."""
+    spec = importlib.util.spec_from_file_location("bench", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(benchmark, "HIDDEN", 256)
+    monkeypatch.setattr(benchmark, "_SHARD_BYTES", 5 * 10**6)
+    return module
+
+
+def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> int:
+    """Exit status; later options win."""
+    small = ("--gigabytes", "0.02", "--repeats", "1", "--folder", str(folder))
+    monkeypatch.setattr(sys, "argv", ["bench.py", "convert", *small, *options])
+    try:
+        return bench.main()
+    except SystemExit as stop:  # argparse's
+        return stop.code
+
+
+def test_the_benchmark_measures_both_directions_and_cleans_up(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Catches: memory above what is promised, a synthetic model that cannot be converted, a checkpoint
+    smaller than asked for, a folder left behind, chatter on stdout after the JSON line, more room taken on
+    the disk than is asked for.
+    """
+    sizes = []
+
+    def disk_use(*_: object) -> None:
+        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+
+    monkeypatch.setattr(os, "sync", disk_use)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: (disk_use(), rmtree(*args, **options)))
+    assert run(bench, monkeypatch, tmp_path) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+    assert 0.02e9 <= found["bytes"] < 0.03e9 and "1 of 1: export" in err
+    assert 2.9 < max(sizes) / found["bytes"] < benchmark._COPIES + 0.1
+    assert set(found) == {"bytes", "cp to import", "import", "cp to export", "export"}
+    for step in ("import", "export"):
+        row = found[step]
+        assert row["seconds"] > 0 and row["ratio_to_cp"] == row["seconds"] / found[f"cp to {step}"]["seconds"]
+        # 100 MB more than the promise's 500 for Python and torch: that part is torch's own
+        assert 10**8 < row["peak_bytes"] < row["allowed_bytes"] + 10**8
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gigabytes", "x"), "invalid float value: 'x'"),
+        (("--gigabytes", "inf"), "--gigabytes is inf, expected a finite number above 0"),
+        (("--gigabytes", "nan"), "--gigabytes is nan"),
+        (("--gigabytes", "0"), "--gigabytes is 0.0"),
+        (("--gigabytes=-4",), "--gigabytes is -4.0"),
+        (("--gigabytes", "1e300"), "needs 3e+300 GB"),  # or its layers would be counted until memory ends
+        (("--repeats", "0"), "--repeats is 0, expected 1 or more"),
+        (("--repeats=-1",), "--repeats is -1"),
+        (("--repeats", "1.5"), "invalid int value: '1.5'"),
+        (("--folder", "/nowhere/at/all"), "--folder /nowhere/at/all is no folder"),
+        (("--folder", str(TOOL)), "bench.py is no folder"),
+        (("--rounds", "3"), "unrecognized arguments"),
+    ],
+)
+def test_bad_options_are_one_line_before_any_work(
+    options: tuple[str, ...],
+    message: str,
+    bench: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Catches: a traceback (ceil of inf, median of nothing), usage lines of argparse, minutes of work before
+    the refusal.
+    """
+    monkeypatch.setattr(benchmark, "synthetic", lambda *_: pytest.fail("work was begun"))
+    assert run(bench, monkeypatch, tmp_path, *options) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["little room", "writing", "cp", "import"])
+def test_a_step_that_fails_is_one_line_and_leaves_nothing(
+    step: str,
+    bench: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Catches: CalledProcessError as a traceback, the words of cp or convert.py lost or on a line of their
+    own after which only a status is told, a full disk that leaves gigabytes.
+    """
+    full = os.strerror(errno.ENOSPC)
+    fake = tmp_path / "bin" / "cp"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\necho 'cp: error writing it: {full}' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, full)
+
+    if step == "little room":
+        usage = shutil.disk_usage(tmp_path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(0.05e9)))
+    elif step == "writing":
+        monkeypatch.setattr(benchmark, "write_file", fail)
+    elif step == "cp":
+        monkeypatch.setenv("PATH", str(fake.parent))
+    else:
+        monkeypatch.setattr(benchmark, "_CHILD", f"raise SystemExit('note: x\\nerror: disk full: {full}')")
+    assert run(bench, monkeypatch, work) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    expected = {
+        "little room": f"error: disk full: {work} needs 0.06 GB, 0.05 GB are free; make room",
+        "writing": f"error: the benchmark in {work} failed: {full}",
+        "cp": f"error: cp ended with status 1: cp: error writing it: {full}",
+        "import": f"error: import ended with status 1: disk full: {full}",
+    }
+    assert last.startswith(expected[step])
+    assert not list(work.iterdir())

@@ -1,0 +1,56 @@
+"""tools/bench.py decode, on a tiny shape: the figures are arithmetic, not timing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_dms.benchmarks.decode import WINDOW, measure
+
+TOOL = Path(__file__).parents[3] / "tools" / "bench.py"
+
+
+@pytest.mark.parametrize(("cr", "batch"), [(8.0, 1), (2.0, 2), (1.0, 1)])
+def test_caches_hold_what_the_ratio_says(cr: float, batch: int) -> None:
+    """Catches: a DMS cache filled to another ratio, bytes counted for one sequence or one layer, a ratio of
+    bytes upside down."""
+    (row,) = measure("tiny", [4096], batch, cr, 1, torch.float32, lambda line: None)
+    pair = 2 * 16 * 4
+    assert row.dense_bytes == 2 * batch * 2 * 4096 * pair  # layers, sequences, KV heads, tokens
+    assert row.live_bytes / row.dense_bytes == pytest.approx(1 / cr, rel=0.05)
+    assert row.live_bytes <= row.allocated_bytes < 1.25 * row.live_bytes
+    assert row.allowed_speedup == pytest.approx(
+        (row.weight_bytes + row.dense_bytes) / (row.weight_bytes + row.live_bytes)
+    )
+    assert min(row.dense_step, row.dms_step, row.dense_attention, row.dms_attention) > 0
+
+
+def test_command_line() -> None:
+    """Catches: a table without its JSON line; a traceback for a number out of range."""
+    command = [sys.executable, TOOL, "decode", "--shape", "tiny", "--steps", "1"]
+    done = subprocess.run([*command, "--contexts", "512"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["context"] == 512
+    done = subprocess.run([*command, "--cr", "0.5"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("shape", "contexts", "batch", "cr", "steps"),
+    [
+        ("huge", [512], 1, 8.0, 1),
+        ("tiny", [512, WINDOW], 1, 8.0, 1),
+        ("tiny", [512], 0, 8.0, 1),
+        ("tiny", [512], 1, 0.5, 1),
+        ("tiny", [512], 1, 8.0, 0),
+    ],
+)
+def test_numbers_out_of_range(shape: str, contexts: list[int], batch: int, cr: float, steps: int) -> None:
+    """Catches: an error that comes after minutes of work, or none."""
+    with pytest.raises(ValueError, match="expected"):
+        measure(shape, contexts, batch, cr, steps, torch.float32, lambda line: None)

@@ -1,0 +1,66 @@
+"""Around Megatron's saving and loading: what needs no second rank to be seen."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_dms.conversion import CheckpointError
+from megatron_dms.resilience import verified_saves
+from megatron_dms.resilience.run_folder import iteration_name
+from megatron_dms.resilience.watchdog import SAVE
+from tests.unit.resilience.test_run_folder import DATA, save_one
+
+
+class Phases:
+    """A watchdog that only remembers."""
+
+    def __init__(self) -> None:
+        self.now: str | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.now = name
+        yield
+        self.now = None
+
+
+@pytest.mark.parametrize(("blocking", "phase"), [(True, SAVE), (False, None)])
+def test_waiting_for_an_asynchronous_save_is_a_save(blocking: bool, phase: str | None) -> None:
+    """Catches: the step's limit for a wait as long as a save, and a step that is never under its limit."""
+    watchdog, seen = Phases(), []
+    around = verified_saves.Checkpoints(0, False, watchdog)
+    around._megatron_finalize = lambda **named: seen.append((named, watchdog.now))
+    around.finalize(blocking=blocking, terminate=True)
+    assert seen == [({"blocking": blocking, "terminate": True}, phase)]
+
+
+def test_what_is_missing_is_looked_at_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another machine wrote shows up later. Catches: a good checkpoint set aside at once, one
+    that stays damaged taken for good, half a minute lost on what is known."""
+    for iteration in (2, 4):
+        save_one(tmp_path, iteration)
+    file = tmp_path / iteration_name(4) / DATA
+    file.rename(tmp_path / "late")
+    waited: list[float] = []
+    monkeypatch.setattr(verified_saves.time, "sleep", waited.append)
+    iteration, passed = verified_saves._look(tmp_path, {})
+    assert iteration == 2 and list(passed) == [4] and len(waited) == 1
+    monkeypatch.setattr(verified_saves.time, "sleep", lambda seconds: (tmp_path / "late").rename(file))
+    assert verified_saves._look(tmp_path, {}) == (4, {})
+    monkeypatch.setattr(verified_saves.time, "sleep", waited.append)
+    assert verified_saves._look(tmp_path, {4: "known"}) == (2, {4: "known"}) and len(waited) == 1
+
+
+def test_arguments_of_a_damaged_checkpoint_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: another model trained in silence, as its description was read before the damage was seen."""
+    described = Namespace(num_layers=4, layernorm_epsilon=1e-6, vocab_size=131)
+    monkeypatch.setattr(verified_saves, "checkpoint_args", lambda save, iteration: described)
+    verified_saves._check_described(Namespace(**vars(described)), Path("run"), 4)
+    wrong = Namespace(**vars(described) | {"layernorm_epsilon": 1e-5})
+    with pytest.raises(
+        CheckpointError, match="described another model than iteration 4 of run does: start the"
+    ):
+        verified_saves._check_described(wrong, Path("run"), 4)
