@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
 from megatron_dms.conversion import CheckpointError, Report, export_hf, import_hf  # noqa: E402
 from megatron_dms.conversion.dms_formats import FORMATS  # noqa: E402
-from megatron_dms.conversion.parity import CARD, LAYOUTS, verify
+from megatron_dms.conversion.parity import CARD, LAYOUTS, verify  # noqa: E402
 from megatron_dms.files import leftovers  # noqa: E402
 
 _SECONDS_BETWEEN_LINES = 2.0

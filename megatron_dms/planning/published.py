@@ -1,6 +1,6 @@
 """Measurements that predictions are held against: the authors', NVIDIA's, and those in this repository.
 
-tests/unit/test_plan_check.py compares those of the repository with README.md and docs/performance.md.
+tests/unit/planning/test_check.py compares those of the repository with README.md and docs/performance.md.
 """
 
 from typing import NamedTuple

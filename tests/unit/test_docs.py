@@ -133,8 +133,8 @@ and `--dms-window 4`, `out/demo/x.json`.
 ```
 setup.py pyproject.toml   # metadata
 megatron_dms/
-  training/     data
-    data.py     samples
+  data/         data
+    dataset.py  samples
     ghost.py    not there
 tools/          command lines
 ```
