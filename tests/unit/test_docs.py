@@ -133,8 +133,8 @@ and `--dms-window 4`, `out/demo/x.json`.
 ```
 setup.py pyproject.toml   # metadata
 megatron_dms/
-  data/         data
-    dataset.py  samples
+  training/     what surrounds the model
+    step.py     forward step
     ghost.py    not there
 tools/          command lines
 ```
@@ -155,11 +155,11 @@ def test_rules_on_a_sample() -> None:
     }
     assert tree_named(SAMPLE) == {
         *("setup.py", "pyproject.toml", "megatron_dms", "megatron_dms/training", "tools"),
-        *("megatron_dms/data/dataset.py", "megatron_dms/training/ghost.py"),
+        *("megatron_dms/training/step.py", "megatron_dms/training/ghost.py"),
     }
     assert make_targets_named(SAMPLE) == {"demo", "install", "test", "lint"}
     assert set(_FLAG.findall(SAMPLE)) == {"--dms-window", "--dms-final-cr"}
-    assert exists("megatron_dms/data/dataset.py") and not exists("megatron_dms/training/ghost.py")
+    assert exists("megatron_dms/training/step.py") and not exists("megatron_dms/training/ghost.py")
     assert {"install", "test", "demo", "lint", "format", "clean", "help"} <= make_targets()
     assert "--dms-window" in dms_flags()
 
