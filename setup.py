@@ -29,6 +29,6 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "eval": ["math-verify", "lm-eval", "datasets"],
-        "dev": ["pytest", "ruff", "hypothesis"],
+        "dev": ["pytest", "pytest-xdist", "mypy", "ruff", "hypothesis"],
     },
 )
