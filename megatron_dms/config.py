@@ -8,15 +8,13 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from megatron_dms.compression_method import METHODS, CompressionMethod
 from megatron_dms.ops.schedule import CompressionSchedule
 
 THRESHOLD = -40.0
 """Default of attention_threshold; what it leaves out is derived in kernels/survivors.py."""
 
 BORROWED_CHANNEL_PREDICTORS = ("query_channel", "key_channel")
-
-MERGE_NEEDS = {"predictor": "key_channel", "granularity": "head", "window": 0, "lag": 1}
-"""What the settings of eviction are where pairs are merged (ops/merging.py)."""
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None, scope: str = "schedule") -> Any:
@@ -41,7 +39,7 @@ class DMSConfig:
         "what becomes of a pair that is not kept: evict (DMS), or merge it into the pair before, as DMC does "
         "(arXiv 2403.09636): for comparison with DMS; merge needs the predictor key_channel, granularity "
         "head, window 0 and lag 1",
-        choices=("evict", "merge"),
+        choices=tuple(METHODS),
         scope="model",
     )
     predictor: str = _setting(
@@ -204,30 +202,32 @@ class DMSConfig:
             )
 
     def _check_method(self) -> None:
-        """Merging is defined for one set of the settings of eviction; they are to be said, not guessed."""
-        if self.merges:
-            for name, value in MERGE_NEEDS.items():
-                if getattr(self, name) != value:
-                    raise ValueError(
-                        f"--dms-method merge with {flag_of(name)} {getattr(self, name)}: merging (DMC) is "
-                        f"defined for {flag_of(name)} {value} only"
-                    )
-            return
-        for item in fields(self):
-            if item.name.startswith("importance_") and getattr(self, item.name) != item.default:
+        """Check the settings that the method requires (the user says them, nobody guesses them), and that no
+        setting of another method is given."""
+        method = self.compression_method
+        for name, value in method.required.items():
+            if getattr(self, name) != value:
                 raise ValueError(
-                    f"{flag_of(item.name)} {getattr(self, item.name)} with --dms-method {self.method}: only "
-                    "merge weighs pairs; drop it"
+                    f"--dms-method {self.method} with {flag_of(name)} {getattr(self, name)}: "
+                    f"{method.description} is defined for {flag_of(name)} {value} only"
                 )
+        defaults = {item.name: item.default for item in fields(self)}
+        for other in METHODS.values():
+            for name in other.own_settings:
+                if other is not method and getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{flag_of(name)} {getattr(self, name)} with --dms-method {self.method}: only "
+                        f"{other.name} reads this setting; drop it"
+                    )
 
     def _require(self, holds: bool, name: str, expected: str) -> None:
         if not holds:
             raise ValueError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
 
     @property
-    def merges(self) -> bool:
-        """Whether pairs are merged (DMC) instead of evicted; see ops/merging.py."""
-        return self.method == "merge"
+    def compression_method(self) -> CompressionMethod:
+        """What becomes of a pair that is not kept, and everything that depends on it."""
+        return METHODS[self.method]
 
     @property
     def borrows_channel(self) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_dms import hf
+from megatron_dms.compression_method import METHODS, CompressionMethod, method_of
 from megatron_dms.conversion.transforms import HF_LAYERS, MEGATRON_LAYERS, Rename, Row
 from megatron_dms.errors import CheckpointError
 from megatron_dms.hf.configuration_dms import KNOWN_KEYS, OTHER_RUNTIME_KEYS, DMSSettings
@@ -26,8 +27,6 @@ Object = Mapping[str, Any]
 
 _FIELDS = ("predictor", "granularity", "alpha_scale", "alpha_offset", "window", "lag", "temperature")
 """Fields that DMSConfig and DMSSettings share: what a trained model means nothing without."""
-_MERGE_FIELDS = ("method", "importance_scale", "importance_offset")
-"""Those that only a model which merges pairs has; without `method`, a model evicts them."""
 _OUR_KEYS = ("dms_predictor", "dms_lag")
 _FASTDMS = {"alpha_scale": "alpha_scale", "alpha_offset": "alpha_offset", "window": "window_size"}
 """Field -> key of dms_metadata.json; all are needed."""
@@ -81,12 +80,12 @@ def _read_config(config: Object) -> DMS | None:
             "it to false here, and to true again in the export"
         )
     kind = "megatron_dms" if any(key in config for key in _OUR_KEYS) else "nvidia"
-    names = _field_names(settings.method)
+    names = _field_names(METHODS[settings.method])
     return DMS({name: getattr(settings, name) for name in names}, settings.target_cr, kind)
 
 
-def _field_names(method: object) -> tuple[str, ...]:
-    return _FIELDS + (_MERGE_FIELDS if method == "merge" else ())
+def _field_names(method: CompressionMethod) -> tuple[str, ...]:
+    return _FIELDS + method.exported_fields
 
 
 def _read_metadata(metadata: Object) -> DMS:
@@ -121,9 +120,10 @@ def write_config(config: Object, source: DMS | None, target: DMS, family: Any) -
     """
     if target == source:
         return config
-    if target.format != "megatron_dms" and "method" in target.fields:
+    method = method_of(target.fields)
+    if target.format not in method.formats:
         raise CheckpointError(
-            f"the format {target.format} knows no merging of pairs; use --dms-format megatron_dms"
+            f"the format {target.format} knows no {method.description}; use --dms-format megatron_dms"
         )
     if source is not None and source.format != target.format:
         config = {key: value for key, value in config.items() if key not in CONFIG_KEYS | {"auto_map"}}
@@ -160,7 +160,7 @@ def config_entries(
     fields: Mapping[str, object], model_type: str, reached_cr: float | None
 ) -> dict[str, object]:
     """All keys of config.json with which the exported model (megatron_dms/hf) does what `args.dms` says."""
-    values: dict[str, Any] = {name: fields[name] for name in _field_names(fields.get("method"))}
+    values: dict[str, Any] = {name: fields[name] for name in _field_names(method_of(fields))}
     try:
         return hf.config_entries(model_type=model_type, target_cr=_tidy(reached_cr), **values)
     except ValueError as error:
@@ -171,7 +171,7 @@ def stored(fields: Mapping[str, object] | None, reached_cr: float | None, format
     """The settings of `args.dms` (None: a base model), to be exported in a format."""
     if fields is None:
         return None
-    names = _field_names(fields.get("method"))
+    names = _field_names(method_of(fields))
     missing = sorted(set(names) - set(fields))
     if missing:
         raise CheckpointError(f"the checkpoint's args.dms lacks {missing}; was it saved by another version?")

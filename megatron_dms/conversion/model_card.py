@@ -3,6 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_dms.compression_method import MERGING, method_of
 from megatron_dms.conversion.dms_formats import DMS
 
 CARD = "README.md"
@@ -22,7 +23,7 @@ def model_card(dms: DMS, args: Namespace, iteration: int, base: str, base_card: 
     dms: the exported settings. args, iteration: of the Megatron checkpoint. base: name of the base model.
     base_card: its own card, whose licence is taken over where there is one.
     """
-    if dms.fields.get("method") == "merge":
+    if method_of(dms.fields) is MERGING:
         return _card_of_merging(dms, args, iteration, base, base_card)
     fields = dms.fields
     asked = "unknown" if dms.reached_cr is None else f"{dms.reached_cr:g}"

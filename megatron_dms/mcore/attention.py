@@ -13,7 +13,6 @@ and G the rank's share of the heads (context_parallel.py).
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,7 +26,6 @@ from megatron_dms.mcore.context_parallel import HeadExchange
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.mcore.predictor import BorrowedChannel, LinearPredictor, share_head_zero
 from megatron_dms.ops.eviction import Eviction, hard_eviction, logistic_noise, shift, soft_eviction
-from megatron_dms.ops.merging import merge_pairs
 
 
 class DMSSelfAttention(SelfAttention):
@@ -69,16 +67,15 @@ class DMSSelfAttention(SelfAttention):
         """Query [T, B, H, D], key [T, B, G, D] and value with the raw value of the decision (and of the
         importance, where pairs are merged), [T, B, G, D + 1 (or 2)]."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, *args, **kwargs)
+        further = self.dms.compression_method.read_further_values(self.borrowed.read_query(query))
         if self.dms.predictor == "linear":
             raw = self.dms_predictor(hidden_states)
         else:
             raw = self.borrowed.read(query, key)
-            importance = self.borrowed.read_query(query)
             query, key = self.borrowed.fade(query, key, key_value_states.fade)
         if self.dms.granularity == "layer":
             raw = share_head_zero(raw, self.tp_group)
-        carried = [raw, importance] if self.dms.merges else [raw]
-        return query, key, torch.cat([value, torch.stack(carried, dim=-1)], dim=-1)
+        return query, key, torch.cat([value, torch.stack([raw, *further], dim=-1)], dim=-1)
 
 
 class DMSCoreAttention(MegatronModule):
@@ -126,11 +123,10 @@ class DMSCoreAttention(MegatronModule):
         # RoPE has mixed channel D/2 - 1 into the borrowed one, so it is faded a second time.
         query, key = self.borrowed.fade(query, key, packed_seq_params.fade)
         query, key, value = self.exchange.to_whole_sequence(query, key, value)
-        value, raw, importance = self._unpack(value)
-        decided = self._decide(raw.permute(1, 2, 0), packed_seq_params)  # [B, G, T]
+        value, raw, further = self._unpack(value)
+        decided = self._decide(raw, packed_seq_params)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, T, D]
-        if importance is not None:
-            k, v = merge_pairs(k, v, decided.alpha, self._log_importance(importance.permute(1, 2, 0)))
+        k, v = self.dms.compression_method.pairs_to_attend(k, v, decided.alpha, further, self.dms)
         log_keep = shift(decided.log_keep, self.dms.lag)
         out = self._backend(q.device)(q, k, v, log_keep, self.dms.window, self.scale)
         return self.exchange.to_own_tokens(out.permute(2, 0, 1, 3)).flatten(2)
@@ -140,14 +136,12 @@ class DMSCoreAttention(MegatronModule):
         options = {"threshold": self.dms.attention_threshold} if name == "triton" else {}
         return attention_backend(name, **options)
 
-    def _unpack(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The value and what its further channels carried: the decision's raw value, the importance's."""
-        if self.dms.merges:
-            return value[..., :-2], value[..., -2], value[..., -1]
-        return value[..., :-1], value[..., -1], None
-
-    def _log_importance(self, raw: Tensor) -> Tensor:
-        return F.logsigmoid(self.dms.importance_scale * raw.float() - self.dms.importance_offset)
+    def _unpack(self, value: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Separate the value from what its last channels carried: the decision's raw value and the further raw
+        values of the compression method, [B, G, T] each."""
+        carried = 1 + self.dms.compression_method.further_values
+        raw, *further = (x.permute(1, 2, 0) for x in value[..., -carried:].unbind(-1))
+        return value[..., :-carried], raw, further
 
     def _decide(self, raw: Tensor, microbatch: Microbatch) -> Eviction:
         """Decide and report to the account; not shifted by the lag. raw: [B, G, T]."""

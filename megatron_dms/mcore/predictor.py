@@ -49,7 +49,7 @@ class BorrowedChannel:
     def __init__(self, dms: DMSConfig, query_heads: int, groups: int) -> None:
         """query_heads, groups: H and G of this rank. The linear predictor borrows nothing."""
         self.predictor = dms.predictor
-        self.of_query = dms.predictor == "query_channel" or dms.merges
+        self.of_query = dms.predictor == "query_channel" or dms.compression_method.borrows_query
         self.of_key = dms.predictor == "key_channel"
         self.stride = query_heads // groups
 

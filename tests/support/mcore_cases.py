@@ -142,7 +142,7 @@ def reference(
     else:
         raw = rms(x, weights["dms_predictor.norm.weight"]) @ weights["dms_predictor.proj.weight"].T
         raw = raw + weights.get("dms_predictor.proj.bias", 0)
-    if dms.merges:
+    if dms.method == "merge":
         raw_importance = torch.stack([q[:, :, g * PER_GROUP, -1] for g in range(G)], dim=-1)
         q_mask[[g * PER_GROUP for g in range(G)], -1] = record.fade
     q, k = rope(q * q_mask) * q_mask, rope(k * k_mask) * k_mask
@@ -158,7 +158,7 @@ def reference(
         noise = logistic_noise(SEED, record.sample_ids, layer, heads, torch.arange(T)).double()
         alpha = torch.sigmoid((z + noise) / dms.temperature)
 
-    if dms.merges:
+    if dms.method == "merge":
         importance = F.logsigmoid(dms.importance_scale * raw_importance - dms.importance_offset)
         means = merge_by_loop(*(x.permute(1, 2, 0, 3) for x in (k, v)), alpha, importance.permute(1, 2, 0))
         k, v = (x.permute(2, 0, 1, 3) for x in means)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_dms.arguments import add_dms_arguments, destination, dms_config_from_args
+from megatron_dms.compression_method import EVICTION, MERGING
 from megatron_dms.config import DMSConfig, flag_of
 
 # A value other than the default for every field, all valid together.
@@ -204,7 +205,8 @@ def test_merging_from_the_command_line() -> None:
     """Catches: a flag that is accepted and ignored; merging that no set of flags can ask for."""
     words = [word for name, value in MERGE.items() for word in (flag_of(name), str(value))]
     assert dms_config_from_args(parser().parse_args(words)) == DMSConfig(**MERGE)
-    assert DMSConfig(**MERGE).merges and not DMSConfig().merges
+    assert DMSConfig(**MERGE).compression_method is MERGING
+    assert DMSConfig().compression_method is EVICTION
 
 
 def test_help_tells_meaning_and_default() -> None:

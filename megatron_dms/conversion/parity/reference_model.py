@@ -5,7 +5,7 @@ come from the checked Model: formats that keep them elsewhere than in config.jso
 checkpoint brings along is never executed: no Auto class and no auto_map is asked.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_dms import hf as hf_export
+from megatron_dms.compression_method import method_of
 from megatron_dms.conversion import dms_formats
 from megatron_dms.conversion.families import Model
 from megatron_dms.conversion.hf_folder import HFFolder
@@ -43,7 +43,7 @@ def _load(folder: HFFolder, model: Model) -> "PreTrainedModel":
         network_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     else:
         entries = dms_formats.config_entries(model.dms, model.family.model_type, model.reached_cr)
-        network_class = _class_of(model.dms, model.family.model_type)
+        network_class = method_of(model.dms).exported_class(model.family.model_type)
     network = network_class.from_pretrained(
         folder.path,
         config=config_class.from_dict({**folder.config, **entries}),
@@ -54,16 +54,6 @@ def _load(folder: HFFolder, model: Model) -> "PreTrainedModel":
         local_files_only=True,
     )
     return network.eval()
-
-
-def _class_of(fields: Mapping[str, object], model_type: str) -> type["PreTrainedModel"]:
-    if fields.get("method") == "merge":
-        from megatron_dms.inference.dmc_model import merging_class
-
-        return merging_class(model_type)
-    from megatron_dms.hf import modeling_dms
-
-    return getattr(modeling_dms, hf_export.MODEL_CLASSES[model_type])
 
 
 def _run(network: "PreTrainedModel", prompts: Prompts, decisions: "_Decisions | None") -> Outputs:
