@@ -1,12 +1,13 @@
 """The two compression methods, one object for each value of --dms-method.
 
-DMS evicts a pair that is not kept. Its predecessor, Dynamic Memory Compression (DMC, arXiv 2403.09636), merges
-that pair into the pair before it, and is here as a baseline. The two objects hold everything in which the
-methods differ in training, in conversion and in the parity check: code there asks `dms.compression_method` and
-never compares the method's name.
+DMS evicts a pair that is not kept. Its predecessor, Dynamic Memory Compression (DMC, arXiv 2403.09636),
+merges that pair into the pair before it, and is here as a baseline. The two objects hold what differs between
+the methods in training, in conversion and in the parity check. Code there asks `dms.compression_method` and
+does not compare the method's name.
 
-Two rooms know DMC by name. hf/ is copied into every export without this module, and refuses a model that merges.
-inference/dmc_model.py is the model that merges. The formulas of merging are in ops/merging.py.
+Three places know DMC by name. hf/ is copied into every export without this module, and refuses a model that
+merges. inference/dmc_model.py is the model that merges. conversion/model_card.py has a card for each method.
+The formulas of merging are in ops/merging.py.
 
 Shapes: T tokens, B samples, G KV heads, D head size.
 """
@@ -94,8 +95,8 @@ class _Eviction(CompressionMethod):
 class _Merging(CompressionMethod):
     """DMC: a pair that is not kept joins the mean of the pairs before it, weighted by its importance.
 
-    The raw value of a pair's importance is the borrowed channel of the query, that of its decision the borrowed
-    channel of the key.
+    The borrowed channel of the query is the raw value of a pair's importance, and the borrowed channel of the
+    key is the raw value of its decision.
     """
 
     name = "merge"

@@ -137,8 +137,8 @@ class DMSCoreAttention(MegatronModule):
         return attention_backend(name, **options)
 
     def _unpack(self, value: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Separate the value from what its last channels carried: the decision's raw value and the further raw
-        values of the compression method, [B, G, T] each."""
+        """Separate the value from what its last channels carried: the decision's raw value, and the further
+        raw values of the compression method, [B, G, T] each."""
         carried = 1 + self.dms.compression_method.further_values
         raw, *further = (x.permute(1, 2, 0) for x in value[..., -carried:].unbind(-1))
         return value[..., :-carried], raw, further

@@ -166,7 +166,8 @@ class RetrofitStep:
         Megatron (0.19.2) divides the loss by the number of microbatches, multiplies it by the number C of
         context-parallel ranks, and averages gradients over these and the data-parallel ones; the factor here
         turns that into the sum over the global batch. The compression loss has its gradient already
-        (mcore/compression_account.py) and is added for the report alone, which is the mean over all of these ranks.
+        (mcore/compression_account.py) and is added for the report alone, which is the mean over all of these
+        ranks.
         """
         mask = batch["loss_mask"]
         training = model.training
