@@ -1,93 +1,12 @@
 #!/usr/bin/env python
-"""Kill a training run again and again, resume it, and compare with one that was left alone, bit for bit.
+"""`megatron-dms verify-resume` from a clone, installed or not."""
 
-    tools/verify_resume.py --out scratch/resume --steps 20 --save-interval 5 --kills 3 -- \\
-        torchrun --nproc-per-node 8 pretrain_dms.py FLAGS OF YOUR RUN
-
-On one machine, Linux. The command's --save, --load, --train-iters, --save-interval and --tensorboard-dir are
-replaced; its folders are not touched. The run must compute the same twice: on CPU it does, on GPUs add
---deterministic-mode and what Megatron asks for with it. The last line is JSON. Exit status: 0 equal in every
-bit, 1 not, or a run that did not resume from its newest checkpoint, 2 bad input.
-"""
-
-import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_dms.command_line import Parser, require_positive, say, split_at_dashes  # noqa: E402
-
-_SHOWN = 5  # names of tensors that differ
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="a new folder for both runs and their logs"
-    )
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="training steps of each run")
-    parser.add_argument("--save-interval", type=int, required=True, metavar="N", help="in steps")
-    parser.add_argument("--kills", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument(
-        "--while-saving",
-        type=float,
-        default=0.5,
-        metavar="SHARE",
-        help="of the kills, those that wait until the run saves; the others come at any time (default: 0.5)",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of moments and ranks (default: 0)")
-    parser.add_argument(
-        "--timeout", type=float, default=3600, metavar="S", help="seconds for one start (default: 3600)"
-    )
-    parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="of the run")
-    return parser
-
-
-def main() -> int:
-    """Run, kill, compare; the return value is the exit status."""
-    own, command = split_at_dashes(sys.argv[1:])
-    parser = _parser()
-    options = parser.parse_args(own)
-    if options.command or not command:
-        parser.error("expected -- and the command of the run at the end")
-    require_positive(parser, options, "steps", "save_interval", "timeout")
-    if options.kills < 0 or not 0 <= options.while_saving <= 1:
-        parser.error("--kills is 0 or more, --while-saving between 0 and 1")
-    if options.save_interval > options.steps:
-        parser.error(f"--save-interval is {options.save_interval}, more than --steps {options.steps}")
-    if options.out.exists():
-        parser.error(f"--out {options.out} exists; choose a new folder")
-    from megatron_dms.resilience.resume_check import CheckFailed, Plan, ResumeCheck
-
-    plan = Plan(
-        command=command,
-        out=options.out.absolute(),
-        steps=options.steps,
-        save_interval=options.save_interval,
-        kills=options.kills,
-        while_saving=options.while_saving,
-        seed=options.seed,
-        timeout=options.timeout,
-    )
-    check = ResumeCheck(plan)
-    tensors, different, failure = 0, [], None
-    try:
-        tensors, different = check.run()
-    except CheckFailed as error:
-        failure = str(error)
-        say(f"error: {failure}")
-    equal = failure is None and tensors > 0 and not different
-    if failure is None:
-        verdict = f"{tensors - len(different)} of {tensors} tensors are equal in every bit"
-        say(verdict + "".join(f"; {name} differs" for name in different[:_SHOWN]))
-    found = asdict(check.found)
-    found["resumes"] = len(found.pop("resumed"))
-    print(json.dumps({"equal": equal, "tensors": tensors, "different": different[:_SHOWN], **found}))
-    return 0 if equal else 1
-
+from megatron_dms.cli.verify_resume import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(program="tools/verify_resume.py"))

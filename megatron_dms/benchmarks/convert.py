@@ -30,14 +30,16 @@ _SHARD_BYTES = 2 * 10**9
 _INTERPRETER_BYTES = 500 * 10**6
 _COPIES = 3
 """Of the checkpoint on the disk at once: the source, its import, and what that is exported to."""
-_TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert.py"
+_ROOT = Path(__file__).resolve().parents[2]
+"""Where the package lies: a clone, or the folder it is installed in."""
 # VmHWM, not ru_maxrss: the latter starts at the memory of the process that started this one
 _CHILD = """
-import atexit, re, runpy, sys
+import atexit, re, sys
 peak = lambda: re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
 atexit.register(lambda: print(peak()))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+sys.path.insert(0, sys.argv[1])
+from megatron_dms.cli.convert import main
+sys.exit(main(sys.argv[2:]))
 """
 
 
@@ -120,7 +122,7 @@ def _repeat(block: Tensor, count: int) -> Iterator[Tensor]:
 def _convert(command: str, hf: Path, megatron: Path) -> tuple[float, int]:
     """Seconds of the conversion itself and peak memory in bytes of its process."""
     arguments = [command, "--hf", hf, "--megatron", megatron]
-    report, peak = _output(command, sys.executable, "-c", _CHILD, _TOOL, *arguments).splitlines()[-2:]
+    report, peak = _output(command, sys.executable, "-c", _CHILD, _ROOT, *arguments).splitlines()[-2:]
     return json.loads(report)["seconds"], int(peak) * 1024
 
 

@@ -107,9 +107,10 @@ def export_hf(
     """Megatron checkpoint -> HF checkpoint.
 
     iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
-    `<megatron_dir>/hf` if not given. dms_format: one of dms.FORMATS; None means that of the imported model,
-    else megatron_dms. Tensors are cast to the type they had on import (that of config.json, where that is not
-    known), so that fp32 training of a bfloat16 model gives a bfloat16 model. Errors as for `import_hf`.
+    `<megatron_dir>/hf` if not given. dms_format: one of FORMATS (conversion_options.py); None means that of
+    the imported model, else megatron_dms. Tensors are cast to the type they had on import (that of
+    config.json, where that is not known), so that fp32 training of a bfloat16 model gives a bfloat16 model.
+    Errors as for `import_hf`.
     """
     begin = time.monotonic()
     check_apart(Path(hf_dir), Path(megatron_dir), *([] if hf_source is None else [Path(hf_source)]))

@@ -20,7 +20,6 @@ from megatron_dms.conversion.transforms import HF_LAYERS, MEGATRON_LAYERS, Renam
 from megatron_dms.errors import CheckpointError
 from megatron_dms.hf.configuration_dms import KNOWN_KEYS, OTHER_RUNTIME_KEYS, DMSSettings
 
-FORMATS = ("megatron_dms", "nvidia", "fastdms")
 METADATA = "dms_metadata.json"
 CONFIG_KEYS = KNOWN_KEYS | OTHER_RUNTIME_KEYS
 Object = Mapping[str, Any]
@@ -38,7 +37,7 @@ _OF_OTHER_SCHEMA = ("sidecar", "decision_source", "schema_version")
 @dataclass(frozen=True)
 class DMS:
     """DMS settings found in an HF checkpoint. fields: as in `args.dms`; reached_cr: None where it is not
-    said; format: one of FORMATS.
+    said; format: one of conversion_options.FORMATS.
     """
 
     fields: dict[str, object]

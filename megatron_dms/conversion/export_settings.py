@@ -33,8 +33,8 @@ class Settings:
 
     @classmethod
     def plan(cls, tensors: MegatronTensors, dms_format: str | None) -> "Settings":
-        """dms_format: one of dms_formats.FORMATS; None means that of the import, or megatron_dms for a model
-        that was retrofitted since.
+        """dms_format: one of FORMATS (conversion_options.py); None means that of the import, or megatron_dms
+        for a model that was retrofitted since.
 
         Raises CheckpointError if the format cannot say what the model does, or there is no DMS model.
         """

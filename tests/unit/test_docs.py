@@ -174,7 +174,9 @@ def test_named_things_exist(document: Path) -> None:
     assert not missing, f"{document.name} names paths that do not exist: {missing}"
     unknown = sorted(make_targets_named(text) - make_targets())
     assert not unknown, f"{document.name} names make targets that do not exist: {unknown}"
-    of_tools = {flag for tool in ROOT.glob("tools/*.py") for flag in _FLAG.findall(tool.read_text())}
+    of_tools = {
+        flag for tool in ROOT.glob("megatron_dms/cli/*.py") for flag in _FLAG.findall(tool.read_text())
+    }
     flags = sorted(set(_FLAG.findall(text)) - dms_flags() - of_tools)
     assert not flags, f"{document.name} names flags that do not exist: {flags}"
     links = [target.partition("#")[0] for target in _LINK.findall(text) if "://" not in target]

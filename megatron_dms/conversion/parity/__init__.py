@@ -4,6 +4,6 @@ logits of two implementations at several layouts of ranks.
     verify(hf_dir, megatron_dir)    -> ParityCard, written as JSON and as a table
 """
 
-from megatron_dms.conversion.parity.verify import CARD, LAYOUTS, verify
+from megatron_dms.conversion.parity.verify import LAYOUTS, verify
 
-__all__ = ["CARD", "LAYOUTS", "verify"]
+__all__ = ["LAYOUTS", "verify"]

@@ -18,14 +18,13 @@ from megatron_dms.conversion.parity.outputs import Outputs, agreement
 from megatron_dms.conversion.parity.prompts import NotCompared, Prompts, choose_prompts, original_context
 from megatron_dms.conversion.parity.ranks import Layout, Task, megatron_outputs
 from megatron_dms.conversion.parity.reference_model import reference_outputs
+from megatron_dms.conversion_options import CARD, LAYOUT_SIZES
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats.megatron_folder import RELEASE
 from megatron_dms.formats.tensor_rows import same_bits
 
-LAYOUTS = {"tp1": Layout(tp=1, pp=1), "tp2": Layout(tp=2, pp=1), "pp2": Layout(tp=1, pp=2)}
-"""What logits are compared at, by the names that the command line has for them."""
-CARD = "parity_card.json"
-"""Name of the card in the Megatron folder, where no other place is given."""
+LAYOUTS = {name: Layout(tp, pp) for name, (tp, pp) in LAYOUT_SIZES.items()}
+"""The layouts at which logits are compared, by the names that the command line gives them."""
 
 Say = Callable[[str], None]
 """Told what is being done, one line each."""

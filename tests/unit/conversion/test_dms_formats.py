@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_dms import hf
 from megatron_dms.conversion import CheckpointError, checkpoint_args, export_hf, import_hf
-from megatron_dms.conversion.dms_formats import FORMATS, read
+from megatron_dms.conversion.dms_formats import read
 from megatron_dms.conversion.hf_folder import read_dms_metadata, read_json
+from megatron_dms.conversion_options import FORMATS
 from tests.unit.conversion.test_models import edit_config, make_llama, make_qwen3
 from tests.unit.conversion.test_roundtrip import DMS, files_of, rewrite, tensors_of
 

@@ -1,4 +1,4 @@
-"""The command line of tools/bench.py: its commands and their options. Imports nothing heavy."""
+"""The command line of `megatron-dms bench`: its commands and their options. Imports nothing heavy."""
 
 import argparse
 import tempfile
@@ -73,9 +73,8 @@ SERVE = [
 ]
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(parser: Parser) -> Parser:
     """Of all commands; a default that depends on the device is None until it is known."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     text = "a synthetic Llama checkpoint through cp, import and export; needs 3 times its size on the disk"
     convert = commands.add_parser("convert", help=text, description=text)

@@ -1,4 +1,4 @@
-"""The command line of tools/plan.py. Imports nothing heavy."""
+"""The command line of `megatron-dms plan`. Imports nothing heavy."""
 
 import argparse
 import math
@@ -89,9 +89,8 @@ def assumptions(options: argparse.Namespace) -> Assumptions:
     return Assumptions(**found | {"overhead": found["overhead"] * 1e9})
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(parser: Parser) -> Parser:
     """Of all commands."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     _train(commands)
     _serve(commands)

@@ -1,0 +1,262 @@
+"""Evaluate exported DMS checkpoints.
+
+    megatron-dms evaluate cost    what an exported checkpoint's answers to a file of prompts cost
+    megatron-dms evaluate run     accuracy against cost of methods at budgets W-L-CR: samples, table, report
+    megatron-dms evaluate score   table and report again, from the samples
+
+A DMS checkpoint's own Python files are run, as with trust_remote_code=True: evaluate only those that you
+trust. Nothing is fetched, but for `run` without --data, which asks the hub for the dataset. Progress goes to
+stderr; stdout gets a table, and JSON on the last line. Bad input: one line `error: ...` on stderr, exit
+status 2; interrupted: 130.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_dms.command_line import Parser, say, say_error, tool_parser
+from megatron_dms.evaluation.budgets import METHODS, Budget, plan
+from megatron_dms.evaluation.tasks import TASKS
+from megatron_dms.files import output_file
+from megatron_dms.inference.checkpoints import DTYPES
+from megatron_dms.inference.loading import (
+    PAGE_ATTENTION,
+    check_device,
+    check_exported,
+    load_model,
+    load_tokenizer,
+)
+from megatron_dms.inference.prompts import read_prompts
+
+PROGRAM = "megatron-dms evaluate"
+_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of `cost`
+_RUN_SAMPLING = {"temperature": 0.6, "top_p": 0.95}
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if re.fullmatch(r"0+(\.0*)?", text) else _positive(text)
+
+
+def _share(text: str) -> float:
+    if (value := _positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
+    return value
+
+
+def _budget(text: str) -> Budget:
+    try:
+        return Budget.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _checkpoint(text: str) -> tuple[float, Path]:
+    ratio, _, folder = text.partition("=")
+    if not folder:
+        raise argparse.ArgumentTypeError(f"{text} is not CR=DIR")
+    return _positive(ratio), Path(folder)
+
+
+def _option(text: str) -> tuple[str, str | int]:
+    name, _, value = text.partition("=")
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+    return name, int(value) if re.fullmatch(r"-?[0-9]+", value) else value
+
+
+def _list_of[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _parser(program: str) -> Parser:
+    parser = tool_parser(__doc__, PROGRAM, program)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    text = "what generating with an exported checkpoint costs; runs the Python files of the checkpoint"
+    _add_cost(commands.add_parser("cost", help=text, description=text))
+    text = "accuracy against cost, at budgets W-L-CR: W chains of at most L tokens, at a compression ratio"
+    again = "Called again, it goes on where it stopped."
+    _add_run(commands.add_parser("run", help=text, description=f"{text}. {again}"))
+    text = "grade the samples of `run` again, and write table, figures and report"
+    score = commands.add_parser("score", help=text, description=text)
+    score.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of `run`")
+    score.add_argument("--data", type=Path, metavar="PATH", help="where the task's data is now")
+    return parser
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    add = run.add_argument
+    add("--task", choices=TASKS, required=True, help="docs/tasks.md says what each is")
+    add("--data", type=Path, metavar="PATH", help="the task's file or folder (default: the hub)")
+    add("--limit", type=_count, metavar="N", help="the first N problems (default: all)")
+    text = "of the task, such as since=2024-08-01; repeatable"
+    add("--task-option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = f"some of {','.join(METHODS)}: vanilla runs the budgets of CR 1, the others those above"
+    add("--methods", type=_list_of(str), required=True, metavar="LIST", help=text)
+    text = "W-L-CR,...: chains, most generated tokens of each, compression ratio"
+    add("--budgets", type=_list_of(_budget), required=True, metavar="LIST", help=text)
+    add("--seeds", type=_list_of(_seed), default=[0], metavar="LIST", help="of sampling (default: 0)")
+    text = "plain HF checkpoint, for all methods but dms: Llama, Mistral, Qwen2, Qwen3"
+    add("--model", type=Path, metavar="DIR", help=text)
+    text = "exported DMS checkpoint for the budgets of this CR; its Python files are run; repeatable"
+    add("--dms", type=_checkpoint, action="append", default=[], metavar="CR=DIR", help=text)
+    text = "0 takes the likeliest token, for one chain (default: 0.6)"
+    add("--temperature", type=_not_negative, metavar="X", help=text)
+    add("--top-p", type=_share, metavar="X", help="above 0, at most 1 (default: 0.95)")
+    text = "problems at a time, each with all its chains (default: %(default)s)"
+    add("--batch-size", type=_count, default=1, metavar="N", help=text)
+    add("--out", type=Path, required=True, metavar="OUT", help="folder for samples and results")
+    _add_device(run)
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    text = "of weights and cache (default: auto, what config.json names)"
+    add("--dtype", choices=DTYPES, default="auto", help=text)
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    text = "how a step of DMS or vanilla reads the cache; triton needs a GPU (default: %(default)s)"
+    add("--page-attention", choices=PAGE_ATTENTION, default="torch", help=text)
+
+
+def _add_cost(cost: argparse.ArgumentParser) -> None:
+    add = cost.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="exported DMS checkpoint")
+    text = 'JSONL, each line {"prompt": TEXT} or {"messages": [...]}, a chat for the tokenizer\'s template'
+    add("--prompts", type=Path, required=True, metavar="FILE", help=text)
+    text = "most tokens to generate for each (default: %(default)s)"
+    add("--max-new-tokens", type=_count, default=256, metavar="N", help=text)
+    text = "answers to each prompt: 1 greedy, or several sampled (default: 1)"
+    add("--chains", type=_count, default=1, metavar="W", help=text)
+    add("--temperature", type=_positive, metavar="X", help="of sampling (default: 1)")
+    add("--top-p", type=_share, metavar="X", help="of sampling, above 0, at most 1 (default: 1)")
+    add("--seed", type=_seed, metavar="N", help="of sampling (default: 0)")
+    text = "prompts at a time; CR and bytes of single prompts are known at 1 only (default: 1)"
+    add("--batch-size", type=_count, default=1, metavar="N", help=text)
+    add("--per-head", action="store_true", help="also tables of layers and KV heads")
+    text = "new file for the figures of prompts and heads, too (default: none)"
+    add("--json", type=Path, metavar="FILE", help=text)
+    _add_device(cost)
+
+
+def _cost(options: argparse.Namespace) -> None:
+    sampling = {name: value for name in _SAMPLING if (value := getattr(options, name)) is not None}
+    if sampling and options.chains == 1:
+        flag = next(iter(sampling)).replace("_", "-")
+        raise ValueError(f"--{flag} has no effect on one chain, which is greedy; give --chains above 1")
+    check_exported(options.model)
+    with output_file(options.json) as write:
+        prompts = read_prompts(options.prompts)
+        device = check_device(options.device, options.page_attention)
+        tokenizer = load_tokenizer(options.model)
+        encoded = [(prompt.line, prompt.encode(tokenizer)) for prompt in prompts]
+        say(f"loading {options.model} and running its code, on {device}")
+        model = load_model(options.model, options.dtype, device, options.page_attention)
+
+        from megatron_dms.evaluation import generation_cost
+        from megatron_dms.evaluation.cost_table import cost_table, head_tables
+        from megatron_dms.inference.generation import pad_id
+
+        counts = {name: getattr(options, name) for name in ("max_new_tokens", "chains", "batch_size")}
+        generation = generation_cost.Generation(**counts, **_SAMPLING | sampling)
+        needed = generation_cost.PER_HEAD if options.per_head else ()
+        batches = generation_cost.measure(model, encoded, generation, pad_id(tokenizer), say, needed)
+        rows = generation_cost.rows_as_json(batches)
+        settings = {
+            "model": str(options.model),
+            "eviction": not model.dms_settings.disable_eviction,
+            **counts,
+            **(_SAMPLING | sampling if options.chains > 1 else {}),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": device,
+            "page_attention": options.page_attention,
+        }
+        result = settings | generation_cost.totals(batches)
+        heads = {"per_head": generation_cost.per_head(batches)} if options.per_head else {}
+        write(json.dumps({**result, "rows": rows, **heads}, indent=1, allow_nan=False) + "\n")
+    if not settings["eviction"]:
+        print("eviction is switched off (dms_disable_eviction): every pair is kept, CR 1")
+    print(cost_table(rows, result))
+    print("reads and pairs: means over layers and KV heads; all: sums, and of the peaks the largest")
+    if heads:
+        print(f"\n{head_tables(heads['per_head'])}\n")
+    print(json.dumps(result, allow_nan=False))
+
+
+def _run(options: argparse.Namespace) -> None:
+    runs = plan(options.methods, options.budgets, options.seeds)
+    if options.temperature == 0 and options.top_p is not None:
+        raise ValueError("--top-p has no effect at --temperature 0, which takes the likeliest token")
+    if options.temperature == 0 and (len(options.seeds) > 1 or any(run.budget.chains > 1 for run in runs)):
+        raise ValueError("--temperature 0 takes the likeliest token: all chains and seeds would be the same")
+    for name, pairs in (("--dms", options.dms), ("--task-option", options.task_option)):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError(f"{name} is given twice for the same name")
+
+    from megatron_dms.evaluation import evaluation_run
+    from megatron_dms.inference.generation import Sampling
+
+    models = evaluation_run.Models(
+        options.model, dict(options.dms), options.dtype, options.device, options.page_attention
+    )
+    choice = evaluation_run.TaskChoice(options.task, _data(options), options.limit, dict(options.task_option))
+    given = {name: value for name in _RUN_SAMPLING if (value := getattr(options, name)) is not None}
+    sampling = Sampling(**_RUN_SAMPLING | given)
+    evaluation_run.generate(runs, choice, models, sampling, options.batch_size, options.out, say)
+    _score(options)
+
+
+def _data(options: argparse.Namespace) -> str | None:
+    return None if options.data is None else str(options.data.resolve())
+
+
+def _score(options: argparse.Namespace) -> None:
+    from megatron_dms.evaluation.results import score
+    from megatron_dms.evaluation.scoring import table
+
+    results = score(options.out, _data(options), say)
+    print(table(results.pop("table")))
+    print("accuracy: majority vote (of code: any chain); accuracies: %, 95 % intervals; costs: of a problem")
+    print(json.dumps({"out": str(options.out), **results}, allow_nan=False))
+
+
+def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
+    """Run one command; the return value is the exit status."""
+    options = _parser(program).parse_args(argv)
+    try:
+        {"cost": _cost, "run": _run, "score": _score}[options.command](options)
+    except (ValueError, OSError) as error:
+        return say_error(error)
+    except KeyboardInterrupt:
+        kept = "the samples so far are kept" if options.command == "run" else "nothing was left behind"
+        say(f"interrupted; {kept}")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Check every node before a job burns hours: run once per node, by launch/torchrun.sh.
+
+    megatron-dms preflight --hosts a,b --node-rank 0 --gpus-per-node 8 -- FLAGS OF pretrain_dms.py
+
+All nodes meet at --port of the first host. That one prints a line per failed check (on stderr), one table of
+nodes and checks, and a JSON line. Exit status: 0 all checks passed on all nodes, 1 one did not, 2 bad input.
+"""
+
+import os
+import sys
+
+from megatron_dms.command_line import Parser, require_positive, say_error, split_at_dashes, tool_parser
+
+PROGRAM = "megatron-dms preflight"
+
+
+def _parser(program: str) -> Parser:
+    parser = tool_parser(__doc__, PROGRAM, program)
+    parser.add_argument("--hosts", required=True, metavar="A,B,...", help="all nodes, by rank")
+    parser.add_argument(
+        "--node-rank", type=int, default=0, metavar="R", help="this node, from 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, required=True, metavar="G", help="processes per node, one per GPU"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--port", type=int, default=29400, metavar="P", help="default: 29400")
+    parser.add_argument(
+        "--min-free-gb", type=float, default=100, metavar="GB", help="free disk at --save (default: 100 GB)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=120,
+        metavar="S",
+        help="seconds for the nodes to meet, and again for the all-reduce (default: 120)",
+    )
+    parser.add_argument("training", nargs="*", metavar="-- FLAGS", help="flags of pretrain_dms.py")
+    return parser
+
+
+def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
+    """Run this node's part; the return value is the exit status."""
+    own, training = split_at_dashes(argv)
+    parser = _parser(program)
+    options = parser.parse_args(own)
+    if options.training:
+        parser.error(f"found {options.training[0]}, expected -- before the flags of pretrain_dms.py")
+    hosts = tuple(host for host in options.hosts.split(",") if host)
+    if not 0 <= options.node_rank < len(hosts):
+        parser.error(f"--node-rank is {options.node_rank}, expected 0 to {len(hosts) - 1}: one of --hosts")
+    require_positive(parser, options, "gpus_per_node", "timeout")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a missing node is a line here, not a C++ trace
+    from megatron_dms.launch.preflight import Preflight
+
+    run = Preflight(
+        hosts=hosts,
+        node_rank=options.node_rank,
+        gpus_per_node=options.gpus_per_node,
+        port=options.port,
+        device=options.device,
+        minimum_free_gb=options.min_free_gb,
+        timeout=options.timeout,
+        training=tuple(training),
+    )
+    try:
+        return run.run()
+    except ValueError as error:
+        return say_error(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
