@@ -20,12 +20,12 @@ from megatron_dms.conversion.export_settings import Settings
 from megatron_dms.conversion.families import Model, read_model
 from megatron_dms.conversion.hf_folder import HFFolder, copy_file, side_files
 from megatron_dms.conversion.megatron_tensors import MegatronTensors
-from megatron_dms.conversion.transforms import MEGATRON_LAYERS, Row
+from megatron_dms.conversion.transforms import MEGATRON_LAYERS, Row, joined
 from megatron_dms.errors import CheckpointError
 from megatron_dms.files import check_apart, staged_folder
 from megatron_dms.formats.megatron_folder import HF, RELEASE, SOURCE, TRACKER
 from megatron_dms.formats.safetensors_file import TensorInfo, read_header, write_file
-from megatron_dms.formats.tensor_rows import Span, joined
+from megatron_dms.formats.tensor_rows import Span
 from megatron_dms.formats.torch_dist import Chunk, write
 
 Progress = Callable[[int, int, int, int], None]

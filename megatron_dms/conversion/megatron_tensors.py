@@ -13,11 +13,11 @@ from megatron_dms.config import DMSConfig
 from megatron_dms.conversion.families import Model, read_model
 from megatron_dms.conversion.hf_folder import read_dms_metadata, read_json
 from megatron_dms.conversion.training_args import differences
-from megatron_dms.conversion.transforms import Row, Shape, Vocabulary
+from megatron_dms.conversion.transforms import Row, Vocabulary, part_of
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats.megatron_folder import BUFFERS, HF, open_checkpoint
 from megatron_dms.formats.safetensors_file import read_header
-from megatron_dms.formats.tensor_rows import FileRows, Span, part_of
+from megatron_dms.formats.tensor_rows import FileRows, Shape, Span
 from megatron_dms.formats.torch_dist import Reader
 
 _MOST_STEPS = 2**40

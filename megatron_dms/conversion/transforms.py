@@ -1,7 +1,7 @@
 """Rows of a name table: how tensors of an HF checkpoint become one tensor of a Megatron checkpoint, and back.
 
-A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, splitting
-(both in rows.py), and the slice that one rank needs (hf_weights.py) are derived from it, so a family file
+A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, splitting, and
+the slice that one rank needs (hf_weights.py) are derived from it, so a family file
 states its names and shapes a single time. All tensors are whole: neither tensor parallelism nor pipeline
 stages appear here, because a torch_dist checkpoint holds global tensors.
 
@@ -9,13 +9,13 @@ Shapes: H hidden, F feed-forward, N query heads, G query groups, D head size, V 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_dms.errors import CheckpointError
+from megatron_dms.formats.tensor_rows import RowSource, Shape, Span
 
-Shape = tuple[int, ...]
 MEGATRON_LAYERS = "decoder.layers."
 HF_LAYERS = "model.layers.{layer}."
 
@@ -126,3 +126,18 @@ class FusedQKV(Row):
             for part, shape in enumerate(self.shapes):
                 rows = shape[0] // self.groups  # of a group: N/G · D queries, D keys, D values
                 yield Segment(part, group * rows, (group + 1) * rows)
+
+
+def joined(row: Row, names: Sequence[str], sources: Sequence[RowSource]) -> list[Span]:
+    """The Megatron tensor of a row, out of its parts; `sources` gives the parts' tensors."""
+    return [Span(names[part], sources[part], start, stop - start) for part, start, stop in row.segments()]
+
+
+def part_of(row: Row, wanted: int, name: str, source: RowSource) -> list[Span]:
+    """Part `wanted` of a row, out of the Megatron tensor `source`."""
+    found, position = [], 0
+    for part, start, stop in row.segments():
+        if part == wanted:
+            found.append((start, Span(name, source, position, stop - start)))
+        position += stop - start
+    return [span for _, span in sorted(found, key=lambda place: place[0])]

@@ -1,12 +1,12 @@
 """Tensors on disk, read a few rows at a time: what a conversion moves from file to file.
 
-Every row of a name table (transforms.py) only reorders the rows (axis 0) of its parts. So no tensor need be
+Every row of a name table (conversion/transforms.py) only reorders the rows (axis 0) of its parts. So no tensor need be
 in memory: a conversion is a list of `Span`s, read, looked at and written in pieces that stay in a core's
 cache. That is both the smallest and, measured, the fastest way: fresh pages and a second trip through memory
 cost more than the reading itself.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_dms.conversion.transforms import Row, Shape
 from megatron_dms.errors import CheckpointError
+
+Shape = tuple[int, ...]
 
 _PIECE_BYTES = 2**20
 """Read and written at once; a core's L2 cache holds it."""
@@ -93,18 +94,3 @@ class Span:
             piece = buffer[: min(most, self.count - done)]
             self.source.read_into(self.start + done, piece)
             yield piece
-
-
-def joined(row: Row, names: Sequence[str], sources: Sequence[RowSource]) -> list[Span]:
-    """The Megatron tensor of a row, out of its parts; `sources` gives the parts' tensors."""
-    return [Span(names[part], sources[part], start, stop - start) for part, start, stop in row.segments()]
-
-
-def part_of(row: Row, wanted: int, name: str, source: RowSource) -> list[Span]:
-    """Part `wanted` of a row, out of the Megatron tensor `source`."""
-    found, position = [], 0
-    for part, start, stop in row.segments():
-        if part == wanted:
-            found.append((start, Span(name, source, position, stop - start)))
-        position += stop - start
-    return [span for _, span in sorted(found, key=lambda place: place[0])]

@@ -1,6 +1,6 @@
 """Measurements that predictions are held against: the authors', NVIDIA's, and those in this repository.
 
-tests/unit/planning/test_check.py compares those of the repository with README.md and docs/performance.md.
+tests/unit/planning/test_check.py compares those of the repository with docs/first_run.md and docs/performance.md.
 """
 
 from typing import NamedTuple
@@ -87,7 +87,7 @@ SERVED_CRS = (1.0, 4.0, 8.0)
 
 
 class Demo(NamedTuple):
-    """README.md, the demo's table; pairs, means over layers and KV heads."""
+    """docs/first_run.md, the demo's table; pairs, means over layers and KV heads."""
 
     name: str
     achieved_cr: float

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_dms.conversion import CheckpointError, set_model_args
-from megatron_dms.conversion.transforms import FusedQKV, Vocabulary
+from megatron_dms.conversion.transforms import FusedQKV, Vocabulary, joined, part_of
 from megatron_dms.formats import tensor_rows
-from megatron_dms.formats.tensor_rows import FileRows, Span, joined, part_of, read_all
+from megatron_dms.formats.tensor_rows import FileRows, Span, read_all
 from megatron_dms.formats.torch_dist import Chunk, Reader, ShardedRows, _Shard, write
 from tests.unit.conversion.test_roundtrip import join
 

@@ -39,9 +39,9 @@ def test_figures_are_those_of_the_documents() -> None:
         for cells in rows_after(page, "## Serving")
     }
     assert served == published.SERVED
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first_run = (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")
     for row in published.DEMO:
-        (line,) = re.findall(rf"^{row.name} .*$", readme, re.MULTILINE)
+        (line,) = re.findall(rf"^{row.name} .*$", first_run, re.MULTILINE)
         assert [float(word) for word in line.split()[-3:]] == list(row[1:])
 
 
