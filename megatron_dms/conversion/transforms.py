@@ -1,8 +1,8 @@
 """Rows of a name table: how tensors of an HF checkpoint become one tensor of a Megatron checkpoint, and back.
 
-A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, splitting, and
-the slice that one rank needs (hf_weights.py) are derived from it, so a family file
-states its names and shapes a single time. All tensors are whole: neither tensor parallelism nor pipeline
+A row says one thing, where the rows of each part go along the first axis (`segments`). Joining, splitting and
+the slice that one rank needs (hf_weights.py) are derived from it, so a family file states its names and
+shapes a single time. All tensors are whole: neither tensor parallelism nor pipeline
 stages appear here, because a torch_dist checkpoint holds global tensors.
 
 Shapes: H hidden, F feed-forward, N query heads, G query groups, D head size, V vocabulary.

@@ -1,6 +1,6 @@
 """Measurements that predictions are held against: the authors', NVIDIA's, and those in this repository.
 
-tests/unit/planning/test_check.py compares those of the repository with docs/first_run.md and docs/performance.md.
+tests/unit/planning/test_check.py compares the repository's with docs/first_run.md and docs/performance.md.
 """
 
 from typing import NamedTuple
