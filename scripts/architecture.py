@@ -87,8 +87,7 @@ def tree() -> str:
 
 
 def _entry(name: str, text: str) -> list[str]:
-    start = name.ljust(30) + "  "
-    return textwrap.wrap(text, WIDTH, initial_indent=start, subsequent_indent=" " * 32) or [name]
+    return [f"{name:<30}  {textwrap.shorten(text, WIDTH - 32, placeholder=' …')}".rstrip()]
 
 
 def page() -> str:
