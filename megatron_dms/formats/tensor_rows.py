@@ -1,9 +1,9 @@
 """Tensors on disk, read a few rows at a time: what a conversion moves from file to file.
 
 Every row of a name table (conversion/transforms.py) only reorders the rows (axis 0) of its parts. So no
-tensor need be in memory: a conversion is a list of `Span`s, read, looked at and written in pieces that stay in
-a core's cache. That is both the smallest and, measured, the fastest way: fresh pages and a second trip through memory
-cost more than the reading itself.
+tensor need be in memory: a conversion is a list of `Span`s, read, looked at and written in pieces that stay
+in a core's cache. That is both the smallest and, measured, the fastest way: fresh pages and a second trip
+through memory cost more than the reading itself.
 """
 
 from collections.abc import Iterator
