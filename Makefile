@@ -16,7 +16,7 @@ TRANSFORMERS_4_TESTS = tests/unit/hf \
 	tests/unit/conversion/test_dms_formats.py::test_an_export_in_both_config_formats_runs
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-transformers-4 demo lint format clean
+.PHONY: help install test test-transformers-4 demo site lint format clean
 
 help:
 	@echo "make install  make the environment in $(VENV)/ (elsewhere: VENV=DIR) from constraints.txt; about 5 GB"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-transformers-4   the latter alone; it puts 130 MB into build/"
 	@echo "make demo     retrofit the tiny reasoner on four CPU ranks and compare; results in out/demo/"
 	@echo "make lint     ruff check and ruff format --check"
+	@echo "make site     the documentation as a site in build/site/, warnings are errors"
 	@echo "make format   let ruff mend and format the source"
 	@echo "make clean    remove caches and out/; $(VENV)/ stays"
 
@@ -36,7 +37,7 @@ $(STAMP): setup.py constraints.txt
 	if [ -z "$$python" ]; then python=$$(sh scripts/find_python.sh); fi; \
 	echo "installing into $(VENV)/ with $$python (about 5 GB, a few minutes) ..."; \
 	"$$python" -m venv "$(VENV)"; \
-	"$(PY)" -m pip install -c constraints.txt -e ".[dev,eval]"; \
+	"$(PY)" -m pip install -c constraints.txt -e ".[dev,docs,eval]"; \
 	touch "$@"
 
 test: lint
@@ -59,6 +60,9 @@ lint: install
 format: install
 	"$(PY)" -m ruff check --fix .
 	"$(PY)" -m ruff format .
+
+site: install
+	NO_MKDOCS_2_WARNING=1 "$(PY)" scripts/site.py
 
 demo: install
 	$(VENV)/bin/python examples/tiny_reasoner/demo.py --out out/demo

@@ -29,6 +29,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]"],
         "eval": ["math-verify", "lm-eval", "datasets"],
-        "dev": ["pytest", "pytest-xdist", "mypy", "ruff", "hypothesis"],
+        "dev": ["pytest", "pytest-xdist", "mypy", "ruff", "hypothesis", "check-jsonschema", "zizmor"],
+        "docs": ["mkdocs-material"],
     },
 )
