@@ -50,7 +50,7 @@ metric_list:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny reasoner's base as a DMS model that evicts: its query channel was never taught to."""
     from megatron_dms.conversion import export_hf, import_hf
-    from tests.unit.conversion.test_roundtrip import rewrite
+    from tests.support.checkpoint_edits import rewrite
 
     folder = tmp_path_factory.mktemp("tools")
     import_hf(BASE, folder / "megatron")

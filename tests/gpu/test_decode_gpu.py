@@ -5,7 +5,7 @@ import torch
 
 from megatron_dms.hf import graph_dms, pages_dms
 from megatron_dms.hf.graph_dms import GraphedStep
-from tests.unit.hf.test_reference import random_tokens, tiny_model
+from tests.support.tiny_dms_models import random_tokens, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,

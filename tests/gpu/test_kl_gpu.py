@@ -10,8 +10,18 @@ from megatron_dms.benchmarks.measuring import Memory
 from megatron_dms.kernels import linear_kl as linear_kl_module
 from megatron_dms.kernels.kl import distillation_kl
 from megatron_dms.kernels.linear_kl import linear_kl
-from tests.support.kl_cases import BF16, CASES, FP32, FP64, PLAIN, Case, compare, make_logits
-from tests.unit.kernels.test_kl import fused_by_hand, projections
+from tests.support.kl_cases import (
+    BF16,
+    CASES,
+    FP32,
+    FP64,
+    PLAIN,
+    Case,
+    compare,
+    fused_by_hand,
+    make_logits,
+    projections,
+)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,6 +1,6 @@
 """Cases and fp64 references of the fast distillation losses; shared by the CPU and the GPU tests."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,3 +75,23 @@ def compare(case: Case, direction: str, loss: Tensor, gradient: Tensor) -> None:
     torch.testing.assert_close(
         found, wanted_gradient, rtol=relative, atol=rounding * max(largest, 0.1) + smallest
     )
+
+
+SPREAD = replace(CASES[0], dtype=FP64, width=131, temperature=1.5)
+
+
+def projections() -> tuple[torch.Tensor, ...]:
+    """Hidden states [19, 12] and weight [131, 12] of the student, [19, 8] and [131, 8] of the teacher, and
+    weights of tokens [19]; fp64."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((19, 12), (131, 12), (19, 8), (131, 8), (19,))
+    return tuple(torch.randn(*shape, dtype=FP64, generator=generator) for shape in shapes)
+
+
+def fused_by_hand(direction: str, columns: int = 131, temperature: float = 1.5) -> tuple:
+    hidden, weight, other_hidden, other_weight, weights = projections()
+    hidden.requires_grad_(), weight.requires_grad_()
+    logits = ((hidden @ weight.T), (other_hidden @ other_weight.T))
+    losses = PLAIN[direction](*(x[:, :columns] / temperature for x in logits))
+    (losses * weights).sum().backward()
+    return losses.detach(), (losses * weights).sum().detach(), hidden.grad, weight.grad

@@ -1,7 +1,7 @@
 """A small GPTModel with DMS attention, and the same attention in fp64 written from DMS's text."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from megatron_dms.mcore.compression_account import CompressionAccount, ModelShap
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.ops.eviction import logistic_noise
-from tests.unit.ops.test_merging import merge_by_loop
+from tests.support.merging_by_loop import merge_by_loop
 
 LAYERS, HIDDEN, H, G, D, VOCAB, T = 2, 24, 4, 2, 8, 37, 11
 PER_GROUP = H // G
@@ -30,7 +30,7 @@ PREDICTORS = ("query_channel", "key_channel", "linear")
 SETTINGS = {"alpha_scale": 2.0, "alpha_offset": 0.3, "window": 3, "lag": 1, "temperature": 0.5}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@contextmanager
 def one_process() -> Iterator[None]:
     """A process group of one and Megatron's parallel state; everything on the CPU, whatever the machine
     has."""
@@ -220,3 +220,7 @@ def changed_rows(model: GPTModel, before: dict[str, Tensor]) -> dict[str, list[i
         for name, p in model.named_parameters()
     }
     return {name: changed for name, changed in rows.items() if changed}
+
+
+# Rows of [query, query, key, value] x 2 KV heads, D = 8 each: the last of each borrowed part.
+ROWS = {"query_channel": [7, 39], "key_channel": [23, 55]}

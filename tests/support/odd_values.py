@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_dms.conversion import CheckpointError, export_hf, import_hf
 from megatron_dms.formats.megatron_folder import TRACKER
-from tests.unit.conversion.test_roundtrip import files_of
+from tests.support.checkpoint_edits import files_of
 
 VALUES = ([], {}, "x", "", -1, 0, 1, 1.5, True, False, None, math.nan, math.inf, [[]], 10**30, 10**400, "\n")
 DEEP = "[" * 100_000

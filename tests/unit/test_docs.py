@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ import pytest
 
 from megatron_dms.arguments import add_dms_arguments
 from megatron_dms.config import DMSConfig, flag_of
+from tests.support.exported_models import export_with_tokenizer
+from tests.support.tools import run_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -209,11 +209,8 @@ def test_every_tool_named_prints_its_help() -> None:
     )
     assert tools
     for tool in tools:
-        command = [sys.executable, tool, "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
-        assert done.returncode == 0 and "--help" in done.stdout, (
-            f"{tool} --help: {done.stderr or done.stdout}"
-        )
+        done = run_tool(tool, "--help", cwd=ROOT, process=True)
+        assert done.status == 0 and "--help" in done.out, f"{tool} --help: {done.error or done.out}"
 
 
 def test_flags_page_gives_every_default_and_choice() -> None:
@@ -231,8 +228,6 @@ def test_the_inference_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     Catches: an example that the exported model, or this version of transformers, does not run.
     """
-    from tests.unit.evaluation.test_cost import export_with_tokenizer
-
     page = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
     blocks = _PYTHON.findall(page)
     (folder,) = set(re.findall(r'^folder = "(.*)"$', page, re.MULTILINE))
@@ -247,7 +242,6 @@ def test_the_inference_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(block, f"docs/inference.md: {block}", "exec"), names)
     assert len(blocks) >= 8 and names["stats"].achieved_cr > 1.5
 
-    command = [sys.executable, ROOT / "tools" / "evaluate.py", "cost", "--help"]
-    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    known = run_tool("evaluate", "cost", "--help").out
     (used,) = re.findall(r"^python tools/evaluate.py cost (.*?[^\\])\n", page, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"--[a-z-]+", used)) <= set(re.findall(r"--[a-z-]+", known))

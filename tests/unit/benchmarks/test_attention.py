@@ -1,48 +1,20 @@
 """tools/bench.py attention, on tiny shapes: decisions, arithmetic of the rows, the command line."""
 
-import importlib.util
-import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from megatron_dms.benchmarks import attention as benchmark
 from megatron_dms.benchmarks.attention import AttentionRow, Shape, drawn, measure, of_checkpoint
-from tests.unit.evaluation.test_cost import export_with_tokenizer
-from tests.unit.hf.test_reference import reference
+from tests.support.benchmark_output import rows_of
+from tests.support.dms_by_definition import reference
+from tests.support.exported_models import export_with_tokenizer
+from tests.support.tools import run_tool
 
-TOOL = Path(__file__).parents[3] / "tools" / "bench.py"
 CPU = torch.device("cpu")
 SHAPE = Shape(B=1, H=4, G=2, D=16, window=8)
 T = 96
-
-
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
-    """Exit status of the tool."""
-    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, options)])
-    try:
-        return load_tool().main()
-    except SystemExit as stop:  # argparse's
-        return stop.code
-
-
-def rows_of(out: str, columns: int) -> list[dict]:
-    """The JSON lines, as many as the table has rows; NaN and Infinity are no JSON."""
-    lines = out.splitlines()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines if line.startswith("{")]
-    assert len(lines) == 2 + 2 * len(rows)
-    assert len(lines[2].split("  ")) >= columns
-    return rows
 
 
 @pytest.mark.parametrize("cr", [1, 4, 8, 96])
@@ -110,12 +82,13 @@ def test_gradients_are_asked_for_in_the_second_step_only(monkeypatch: pytest.Mon
     assert wanted == [[False] * 4] * 3 + [[True] * 4] * 3
 
 
-def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_command_line() -> None:
     """Catches: a table that does not say what was not measured, JSON with another figure in its place, flex's
     ratio of other decisions."""
     sizes = ("--contexts", 64, T, "--heads", 4, "--head-size", 16, "--cr", 1, 3, "--repeats", 1)
-    assert run(monkeypatch, "attention", *sizes, "--backends", "dense", "flex") == 0
-    out, err = capsys.readouterr()
+    done = run_tool("bench", "attention", *sizes, "--backends", "dense", "flex")
+    assert done.status == 0, done.error
+    out, err = done.out, done.error
     rows = rows_of(out, columns=10)
     assert len(rows) == 2 * 2 * (1 + 2 * 2) and {row["T"] for row in rows} == {64, T}
     for row, line in zip(rows, out.splitlines()[2:], strict=False):
@@ -150,14 +123,11 @@ def test_decisions_of_a_retrofit(
     checkpoint: Path,
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
 ) -> None:
     """Catches: decisions of another layer or chunk, not shifted or the wrong way, soft ones; a window other
     than the checkpoint's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(benchmark, "CHUNK", 7)
     shape, found = of_checkpoint(checkpoint, text, [9, 30], CPU)
     assert shape == Shape(B=1, H=4, G=2, D=16, window=5)
@@ -171,11 +141,13 @@ def test_decisions_of_a_retrofit(
         assert torch.cat(decisions.layers)[~evict].eq(0).all()
         assert decisions.cr == pytest.approx(1 / (1 - evict.double().mean().item()))
     options = ("attention", "--decisions", checkpoint, "--text", text, "--repeats", 1, "--backends", "flash")
-    assert run(monkeypatch, *options, "--contexts", 30) == 0
-    rows = rows_of(capsys.readouterr().out, columns=10)
+    done = run_tool("bench", *options, "--contexts", 30)
+    assert done.status == 0, done.error
+    rows = rows_of(done.out, columns=10)
     assert {row["window"] for row in rows} == {5} and len(rows) == 4
-    assert run(monkeypatch, *options, "--contexts", 9, 3000) == 2
-    out, err = capsys.readouterr()
+    done = run_tool("bench", *options, "--contexts", 9, 3000)
+    assert done.status == 2, done.error
+    out, err = done.out, done.error
     assert not out and err.splitlines()[-1].endswith(
         f"text.txt has {len(ids)} tokens, but a context of 3000 is asked for"
     )
@@ -199,10 +171,9 @@ def test_decisions_of_a_retrofit(
         (["loss", "--dtype", "float16"], "--dtype is float16"),
     ],
 )
-def test_bad_options(
-    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_bad_options(options: list[str], message: str) -> None:
     """Catches: an option that is measured as "not measured" in place of refused, a traceback."""
-    assert run(monkeypatch, *options) == 2
-    out, err = capsys.readouterr()
+    done = run_tool("bench", *options)
+    assert done.status == 2, done.error
+    out, err = done.out, done.error
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and message in err, err

@@ -1,44 +1,31 @@
 """tools/bench.py convert, on a checkpoint of a few megabytes."""
 
 import errno
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from megatron_dms.benchmarks import convert as benchmark
+from tests.support.tools import Done, run_tool, script_of
 
-TOOL = Path(__file__).parents[3] / "tools" / "bench.py"
 
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The tool, for a model a hundredth as large."""
-    spec = importlib.util.spec_from_file_location("bench", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the benchmark make a model a hundredth as large."""
     monkeypatch.setattr(benchmark, "HIDDEN", 256)
     monkeypatch.setattr(benchmark, "_SHARD_BYTES", 5 * 10**6)
-    return module
 
 
-def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> int:
-    """Exit status; later options win."""
-    small = ("--gigabytes", "0.02", "--repeats", "1", "--folder", str(folder))
-    monkeypatch.setattr(sys, "argv", ["bench.py", "convert", *small, *options])
-    try:
-        return bench.main()
-    except SystemExit as stop:  # argparse's
-        return stop.code
+def run(folder: Path, *options: str) -> Done:
+    """Run the benchmark in `folder`; later options win."""
+    return run_tool("bench", "convert", "--gigabytes", 0.02, "--repeats", 1, "--folder", folder, *options)
 
 
 def test_the_benchmark_measures_both_directions_and_cleans_up(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches: memory above what is promised, a synthetic model that cannot be converted, a checkpoint
     smaller than asked for, a folder left behind, chatter on stdout after the JSON line, more room taken on
@@ -52,10 +39,10 @@ def test_the_benchmark_measures_both_directions_and_cleans_up(
     monkeypatch.setattr(os, "sync", disk_use)
     rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: (disk_use(), rmtree(*args, **options)))
-    assert run(bench, monkeypatch, tmp_path) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out.splitlines()[-1])
-    assert 0.02e9 <= found["bytes"] < 0.03e9 and "1 of 1: export" in err
+    done = run(tmp_path)
+    assert done.status == 0, done.error
+    found = json.loads(done.out.splitlines()[-1])
+    assert 0.02e9 <= found["bytes"] < 0.03e9 and "1 of 1: export" in done.error
     assert 2.9 < max(sizes) / found["bytes"] < benchmark._COPIES + 0.1
     assert set(found) == {"bytes", "cp to import", "import", "cp to export", "export"}
     for step in ("import", "export"):
@@ -79,35 +66,32 @@ def test_the_benchmark_measures_both_directions_and_cleans_up(
         (("--repeats=-1",), "--repeats is -1"),
         (("--repeats", "1.5"), "invalid int value: '1.5'"),
         (("--folder", "/nowhere/at/all"), "--folder /nowhere/at/all is no folder"),
-        (("--folder", str(TOOL)), "bench.py is no folder"),
+        (("--folder", str(script_of("bench"))), "bench.py is no folder"),
         (("--rounds", "3"), "unrecognized arguments"),
     ],
 )
 def test_bad_options_are_one_line_before_any_work(
     options: tuple[str, ...],
     message: str,
-    bench: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
 ) -> None:
     """Catches: a traceback (ceil of inf, median of nothing), usage lines of argparse, minutes of work before
     the refusal.
     """
     monkeypatch.setattr(benchmark, "synthetic", lambda *_: pytest.fail("work was begun"))
-    assert run(bench, monkeypatch, tmp_path, *options) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    done = run(tmp_path, *options)
+    assert done.status == 2
+    assert done.out == "" and done.error.startswith("error: ") and len(done.errors) == 1
+    assert message in done.error
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", ["little room", "writing", "cp", "import"])
 def test_a_step_that_fails_is_one_line_and_leaves_nothing(
     step: str,
-    bench: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
 ) -> None:
     """Catches: CalledProcessError as a traceback, the words of cp or convert.py lost or on a line of their
     own after which only a status is told, a full disk that leaves gigabytes.
@@ -132,8 +116,9 @@ def test_a_step_that_fails_is_one_line_and_leaves_nothing(
         monkeypatch.setenv("PATH", str(fake.parent))
     else:
         monkeypatch.setattr(benchmark, "_CHILD", f"raise SystemExit('note: x\\nerror: disk full: {full}')")
-    assert run(bench, monkeypatch, work) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    done = run(work)
+    assert done.status == 2
+    last = done.errors[-1]
     expected = {
         "little room": f"error: disk full: {work} needs 0.06 GB, 0.05 GB are free; make room",
         "writing": f"error: the benchmark in {work} failed: {full}",

@@ -1,16 +1,12 @@
 """tools/bench.py decode, on a tiny shape: the figures are arithmetic, not timing."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_dms.benchmarks.decode import WINDOW, measure
-
-TOOL = Path(__file__).parents[3] / "tools" / "bench.py"
+from tests.support.tools import run_tool
 
 
 @pytest.mark.parametrize(("cr", "batch"), [(8.0, 1), (2.0, 2), (1.0, 1)])
@@ -30,14 +26,14 @@ def test_caches_hold_what_the_ratio_says(cr: float, batch: int) -> None:
 
 def test_command_line() -> None:
     """Catches: a table without its JSON line; a traceback for a number out of range."""
-    command = [sys.executable, TOOL, "decode", "--shape", "tiny", "--steps", "1"]
-    done = subprocess.run([*command, "--contexts", "512"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    command = ("bench", "decode", "--shape", "tiny", "--steps", 1)
+    done = run_tool(*command, "--contexts", 512)
+    assert done.status == 0, done.error
+    (row,) = json.loads(done.out.splitlines()[-1])["rows"]
     assert row["context"] == 512
-    done = subprocess.run([*command, "--cr", "0.5"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    done = run_tool(*command, "--cr", 0.5)
+    assert done.status == 2 and done.out == ""
+    assert done.error.startswith("error: ") and done.error.count("\n") == 1, done.error
 
 
 @pytest.mark.parametrize(

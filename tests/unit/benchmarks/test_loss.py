@@ -5,7 +5,8 @@ import torch
 
 from megatron_dms.benchmarks import loss as loss_benchmark
 from megatron_dms.benchmarks.measuring import Measured
-from tests.unit.benchmarks.test_attention import rows_of, run
+from tests.support.benchmark_output import rows_of
+from tests.support.tools import run_tool
 
 CPU = torch.device("cpu")
 N, V, E = 24, 3000, 16
@@ -28,12 +29,13 @@ def test_all_candidates_give_one_gradient(group) -> None:
         torch.testing.assert_close(gradients, found[0], rtol=1e-4, atol=1e-6)
 
 
-def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_command_line() -> None:
     """Catches: a ratio to another group's loss, percent of bytes in another type, gradients counted that are
     not to be, growth that is the peak."""
     options = ("--tokens", N, "--columns", V, "--hidden", E, "--repeats", 2, "--steps", 4)
-    assert run(monkeypatch, "loss", *options) == 0
-    rows = rows_of(capsys.readouterr().out, columns=7)
+    done = run_tool("bench", "loss", *options)
+    assert done.status == 0, done.error
+    rows = rows_of(done.out, columns=7)
     assert [row["loss"] for row in rows] == [
         *("modelopt", "plain formula", "distillation_kl"),
         *("linear + modelopt", "linear + distillation_kl", "linear_kl"),

@@ -1,8 +1,6 @@
 """tools/bench.py serve, on a tiny shape: bytes against counting by hand, the search for the largest batch."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from megatron_dms.benchmarks.measuring import Measured
 from megatron_dms.benchmarks.serve import Serving, account, measure, search
 from megatron_dms.benchmarks.serve_rows import ALLOCATION, LargestRow, StepRow
 from megatron_dms.benchmarks.synthetic_models import SHAPES, WINDOW, make_models
-from tests.unit.benchmarks.test_attention import TOOL
+from tests.support.tools import run_tool
 
 CPU = torch.device("cpu")
 LAYERS, G, D, FP32 = 2, 2, 16, 4
@@ -23,11 +21,6 @@ GOOD = {
     **{"shape": "tiny", "contexts": [T], "batches": [1], "crs": [8.0], "memory_gb": 0.05, "max_batch": 3},
     **{"repeats": 2, "dtype": torch.float32, "device": CPU, "say": lambda line: None},
 }
-
-
-def run(*options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOL, "serve", *options]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
 
 
 def measured(**other: object) -> tuple[list[StepRow], list[LargestRow]]:
@@ -161,16 +154,16 @@ def test_command_line(tmp_path: Path) -> None:
     """Catches: rows without their JSON, chatter on stdout, no picture, options that do not arrive."""
     picture = tmp_path / "served.png"
     options = ("--contexts", 300, 512, "--batches", 1, 2, "--cr", 2, "--repeats", 2, "--max-batch", 1)
-    done = run(*options, "--memory", 0.01, "--figure", picture)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    done = run_tool("bench", "serve", *options, "--memory", 0.01, "--figure", picture)
+    assert done.status == 0, done.error
+    lines = done.out.splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines if line.startswith("{")]
     assert [row["measured"] for row in rows] == ["decode step"] * 8 + ["largest batch"] * 4
     assert len(lines) == 1 + (1 + 8) * 2 - 1 + (1 + 4) * 2 - 1
     assert {row["batch"] for row in rows[8:]} == {1} and {row["memory_bytes"] for row in rows[8:]} == {10**7}
-    assert "(cap)" in done.stdout and picture.read_bytes().startswith(b"\x89PNG")
-    done = run("--memory", 0.01, "--figure", picture)
-    assert done.returncode == 2 and done.stdout == "" and "exists" in done.stderr
+    assert "(cap)" in done.out and picture.read_bytes().startswith(b"\x89PNG")
+    done = run_tool("bench", "serve", "--memory", 0.01, "--figure", picture)
+    assert done.status == 2 and done.out == "" and "exists" in done.error
 
 
 @pytest.mark.parametrize(
@@ -211,6 +204,6 @@ def test_numbers_out_of_range(wrong: dict[str, object], monkeypatch: pytest.Monk
 )
 def test_bad_input_is_one_line(options: list[object], words: str) -> None:
     """Catches: a traceback, an unknown option dropped, a budget made up on the CPU."""
-    done = run(*options)
-    assert done.returncode == 2 and done.stdout == "", done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and words in done.stderr
+    done = run_tool("bench", "serve", *options)
+    assert done.status == 2 and done.out == "", done.error
+    assert done.error.startswith("error: ") and done.error.count("\n") == 1 and words in done.error

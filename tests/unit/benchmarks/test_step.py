@@ -1,33 +1,25 @@
 """tools/bench.py step, tiny: in processes of their own, as Megatron is made to run on the CPU there."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.unit.benchmarks.test_attention import TOOL, rows_of
+from tests.support.benchmark_output import rows_of
+from tests.support.tools import run_python, run_tool
 
-ROOT = TOOL.parents[1]
 CR, T = 4.0, 160
 BAD = {"size": "huge", "cr": 0.5, "backends": ["dense", "fast"], "window": -1, "contexts": [8, 0]}
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_command_line() -> None:
     """Catches: a step that fails without DMS or with the fused output layer, a ratio to another row, chatter
     on stdout."""
     options = ("--contexts", 32, T, "--repeats", 2, "--cr", CR, "--backends", "dense", "flash")
-    done = run(TOOL, "step", *options, "--fuse-output-layer")
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = rows_of(done.stdout, columns=7)
+    done = run_tool("bench", "step", *options, "--fuse-output-layer", process=True)
+    assert done.status == 0, done.error[-3000:]
+    rows = rows_of(done.out, columns=7)
     assert [row["T"] for row in rows] == [32] * 4 + [T] * 4
     for i, row in enumerate(rows):
         _, _, sdpa, megatron = rows[i // 4 * 4 : i // 4 * 4 + 4]
@@ -42,8 +34,8 @@ def test_all_candidates_take_one_step(tmp_path: Path) -> None:
     their own, a student that is not trained, a step that changes the weights or adds up gradients, decisions
     of another ratio, SDPA that sees the future, DMS left out of a student."""
     out = tmp_path / "found.json"
-    done = run(__file__, out)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(__file__, out)
+    assert done.status == 0, done.error[-3000:]
     found = json.loads(out.read_text())
     assert found["same"] == {
         **{"dense/flash": True, "dense/again": True, "SDPA/Megatron": True, "fused/dense": True},

@@ -21,7 +21,7 @@ from megatron_dms.conversion import (
     set_parser_defaults,
 )
 from megatron_dms.files import staged_folder
-from tests.unit.conversion.test_models import edit_config
+from tests.support.hf_checkpoints import edit_config
 
 FIRST = "model-00001-of-00003.safetensors"
 

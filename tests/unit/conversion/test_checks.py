@@ -1,8 +1,6 @@
 """Checks that no other test would miss if they were gone: each test is one of them, or a few of a kind."""
 
-import io
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,8 +15,8 @@ from megatron_dms.conversion.hf_folder import INDEX, HFFolder
 from megatron_dms.formats import torch_dist
 from megatron_dms.formats.megatron_folder import SOURCE
 from megatron_dms.formats.torch_dist import Chunk, Reader
-from tests.unit.conversion.test_models import make_qwen3
-from tests.unit.conversion.test_roundtrip import DMS, files_of, rewrite, tensors_of
+from tests.support.checkpoint_edits import DMS, edit_metadata, files_of, rewrite, store_again, tensors_of
+from tests.support.hf_checkpoints import make_qwen3
 
 FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
 NORM, FC2 = "decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2.weight"
@@ -28,13 +26,6 @@ def edit_json(path: Path, change: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-
-
-def edit_metadata(folder: Path, change: Callable[[object], object]) -> None:
-    """`.metadata` of a release or iter_... folder."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def refused(convert_it: Callable[..., object], source: Path, out: Path, message: str) -> None:
@@ -207,22 +198,6 @@ def test_a_chunk_that_cannot_be_read_is_refused(
     """
     damage(copies / "megatron" / "release")
     refused(export_hf, copies / "megatron", tmp_path / "out", message)
-
-
-def store_again(folder: Path, key: str, content: object) -> None:
-    """Put what torch.save makes of a tensor, or of an object, in the place of the only one under `key`."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    with (folder / "__0_0.distcp").open("ab") as file:
-        offset = file.tell()
-        file.write(stream.getvalue())
-
-    def change(metadata: object) -> None:
-        for index, place in metadata.storage_data.items():
-            if index.fqn == key:
-                place.offset, place.length = offset, len(stream.getvalue())
-
-    edit_metadata(folder, change)
 
 
 def test_a_chunk_stored_as_a_view_is_read_from_where_it_begins(copies: Path, tmp_path: Path) -> None:

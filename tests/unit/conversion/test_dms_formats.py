@@ -12,38 +12,10 @@ from megatron_dms.conversion import CheckpointError, checkpoint_args, export_hf,
 from megatron_dms.conversion.dms_formats import read
 from megatron_dms.conversion.hf_folder import read_dms_metadata, read_json
 from megatron_dms.conversion_options import FORMATS
-from tests.unit.conversion.test_models import edit_config, make_llama, make_qwen3
-from tests.unit.conversion.test_roundtrip import DMS, files_of, rewrite, tensors_of
+from tests.support.checkpoint_edits import DMS, files_of, rewrite, tensors_of
+from tests.support.foreign_dms_settings import FASTDMS, NVIDIA
+from tests.support.hf_checkpoints import edit_config, make_llama, make_qwen3
 
-NVIDIA = {
-    "architectures": ["Qwen3ForCausalLMDMS"],
-    "auto_map": {
-        "AutoConfig": "configuration_qwen3_dms.Qwen3ConfigDMS",
-        "AutoModelForCausalLM": "modeling_qwen3_dms.Qwen3ForCausalLMDMS",
-    },
-    "dms_alpha_scale": 100.0,
-    "dms_initial_alpha_offset": 5.0,
-    "dms_window_size": 16,
-    "dms_alpha_per": "head",
-    "dms_tau": 0.1,
-    "dms_cr": 8,
-    "dms_disable_eviction": False,
-    "dms_paged_attention_block_size": 8,
-    "dms_chunked_prefill": 4096,
-    "dms_preallocate_for_tokens": 4096,
-}
-FASTDMS = {
-    "config": {
-        "model": "a/b",
-        "window_size": 16,
-        "alpha_scale": 100.0,
-        "alpha_offset": 5.0,
-        "target_cr": 8,
-        "context_len": 128,
-        "compression_mode": "dms",
-    },
-    "log": [1, 2],
-}
 TRAINED = {"steps_per_cr": 100, "final_cr": 4.0, "anneal": "cr", "zeroing_steps": 0}
 
 

@@ -23,16 +23,7 @@ from megatron_dms.conversion.parity.reference_model import reference_outputs
 from megatron_dms.conversion.parity.verify import LAYOUTS, compare_logits
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
 from megatron_dms.inference.dmc_model import merging_class
-from tests.unit.conversion.test_models import (
-    LINEAR,
-    LLAMA3,
-    MAKERS,
-    SHAPE,
-    YARN,
-    edit_config,
-    make_llama,
-    save,
-)
+from tests.support.hf_checkpoints import LINEAR, LLAMA3, MAKERS, SHAPE, YARN, edit_config, make_llama, save
 
 TOLERANCE = 2e-5  # tighter than what `verify` asks for, as these models are small; logits are of order 1
 TOKENS = 48

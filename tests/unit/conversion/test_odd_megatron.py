@@ -12,6 +12,7 @@ from megatron_dms.conversion import export_hf
 from megatron_dms.conversion.hf_folder import INDEX
 from megatron_dms.formats.megatron_folder import SOURCE, TRACKER, checkpoint_args
 from megatron_dms.formats.torch_dist import COMMON_STATE, Reader
+from tests.support.checkpoint_edits import DMS, edit_metadata, files_of, rewrite, store_again
 from tests.support.odd_values import (
     VALUES,
     damaged,
@@ -20,8 +21,6 @@ from tests.support.odd_values import (
     outcome,
     short,
 )
-from tests.unit.conversion.test_checks import edit_metadata, store_again
-from tests.unit.conversion.test_roundtrip import DMS, files_of, rewrite
 
 
 def test_the_layout_kept_by_an_import(copies: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from megatron_dms.conversion.families import config_keys, read_model
 from megatron_dms.conversion.hf_folder import INDEX, HFFolder
 from megatron_dms.conversion.rope import attention_factor, inverse_frequencies
 from megatron_dms.formats.megatron_folder import SOURCE, TRACKER
+from tests.support.foreign_dms_settings import FASTDMS, NVIDIA
+from tests.support.hf_checkpoints import LLAMA3, MAKERS, YARN
 from tests.support.odd_values import (
     DEEP,
     VALUES,
@@ -28,8 +30,6 @@ from tests.support.odd_values import (
     short,
     with_header,
 )
-from tests.unit.conversion.test_dms_formats import FASTDMS, NVIDIA
-from tests.unit.conversion.test_models import LLAMA3, MAKERS, YARN
 
 
 def odd_configs(config: dict) -> Iterator[tuple[str, object, dict]]:

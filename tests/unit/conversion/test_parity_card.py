@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +16,10 @@ from megatron_dms.conversion.parity.prompts import Prompts, choose_prompts
 from megatron_dms.conversion.parity.ranks import Layout, Task, megatron_outputs
 from megatron_dms.conversion.parity.verify import verify
 from megatron_dms.formats.torch_dist import Reader
-from tests.unit.conversion.test_models import VOCAB, edit_config, make_llama, make_qwen3
-from tests.unit.conversion.test_roundtrip import rewrite
+from tests.support.checkpoint_edits import rewrite
+from tests.support.hf_checkpoints import VOCAB, edit_config, make_llama, make_qwen3
+from tests.support.tools import Done, run_tool
 
-TOOL = Path(__file__).parents[3] / "tools" / "convert.py"
 TENSORS = 30  # of three Llama layers, with embedding, final norm and output layer
 
 
@@ -34,18 +32,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(hf: Path, megatron: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, TOOL, "verify", "--hf", hf, "--megatron", megatron, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def run(hf: Path, megatron: Path, *options: str) -> Done:
+    return run_tool("convert", "verify", "--hf", hf, "--megatron", megatron, *options)
 
 
 def test_card_of_equal_checkpoints(base: Path) -> None:
     """Catches: a layout that does not divide the model as an error or in silence, a card that lacks a tensor
     or a comparison, a last line that no machine can read."""
     done = run(base / "hf", base / "megatron")
-    assert done.returncode == 0, done.stderr
-    last = json.loads(done.stdout.splitlines()[-1])
+    assert done.status == 0, done.error
+    last = json.loads(done.out.splitlines()[-1])
     path = base / "megatron" / "parity_card.json"
     card = json.loads(path.read_text())
     assert last == {**{key: card[key] for key in last if key != "card"}, "card": str(path)}
@@ -69,7 +65,7 @@ def test_card_of_equal_checkpoints(base: Path) -> None:
     assert (card["model_type"], card["dtype"], card["tied"]) == ("llama", "bfloat16", False)
     assert card["rope"]["factor"] == 4.0 and card["versions"]["megatron-core"] and card["tolerance"] == 1e-4
     table = path.with_suffix(".md").read_text()
-    assert table in done.stdout and "| TP 1 " in table and "not compared: layout PP 2" in table
+    assert table in done.out and "| TP 1 " in table and "not compared: layout PP 2" in table
 
 
 def test_an_export_in_a_half_type_of_fp32_training_agrees(base: Path, tmp_path: Path) -> None:
@@ -100,10 +96,10 @@ def test_one_flipped_bit_is_named(base: Path, tmp_path: Path) -> None:
     content[-1] ^= 0x01  # the exponent of the last value
     file.write_bytes(content)
     done = run(other, base / "megatron", "--layouts", "tp1", "--card", str(tmp_path / "card.json"))
-    assert done.returncode == 1, done.stderr
+    assert done.status == 1, done.error
     card = json.loads((tmp_path / "card.json").read_text())
     (unequal,) = [tensor["name"] for tensor in card["tensor_list"] if not tensor["equal"]]
-    assert f"differs: {unequal}" in done.stdout and f"{TENSORS - 1} of {TENSORS} equal" in done.stdout
+    assert f"differs: {unequal}" in done.out and f"{TENSORS - 1} of {TENSORS} equal" in done.out
     assert not card["passed"] and not card["tensors_equal"] and card["max_abs_logit_diff"] > 1e-4
 
 

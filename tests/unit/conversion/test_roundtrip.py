@@ -2,10 +2,6 @@
 
 import json
 import re
-import runpy
-import subprocess
-import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,48 +13,13 @@ from megatron_dms.conversion import CheckpointError, checkpoint_args, export_hf,
 from megatron_dms.conversion.hf_folder import HFFolder
 from megatron_dms.conversion.megatron_tensors import MegatronTensors
 from megatron_dms.conversion.parity.verify import compare_tensors
-from megatron_dms.conversion.transforms import FusedQKV, Row, Vocabulary
-from megatron_dms.formats.megatron_folder import iteration_folder
-from megatron_dms.formats.torch_dist import COMMON_STATE, Chunk, Reader, write
-from tests.unit.conversion.test_models import MAKERS, SHAPE, VOCAB, edit_config, make_llama, make_qwen3, save
+from megatron_dms.conversion.transforms import FusedQKV, Vocabulary
+from megatron_dms.formats.torch_dist import Reader
+from tests.support.checkpoint_edits import DMS, files_of, join, rewrite, tensors_of
+from tests.support.hf_checkpoints import MAKERS, SHAPE, VOCAB, edit_config, make_llama, make_qwen3, save
+from tests.support.tools import run_tool
 
 ROOT = Path(__file__).parents[3]
-TOOL = ROOT / "tools" / "convert.py"
-DMS = {
-    "predictor": "linear",
-    "granularity": "head",
-    "alpha_scale": 100.0,
-    "alpha_offset": 5.0,
-    "window": 16,
-    "lag": 1,
-    "temperature": 0.1,
-}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def join(row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The Megatron tensor of a row, from its definition."""
-    return torch.cat([parts[part][start:stop] for part, start, stop in row.segments()])
-
-
-def rewrite(megatron: Path, change: dict[str, torch.Tensor], args: dict, iteration: int) -> None:
-    """A second iteration as training would save it: the first with some tensors and arguments changed."""
-    reader = Reader(iteration_folder(megatron))
-    tensors = {**{key: reader.tensor(key) for key in reader.tensors}, **change}
-    chunks = [Chunk(key, tuple(t.shape), t.dtype, lambda t=t: [t]) for key, t in tensors.items()]
-    stored = Namespace(**{**vars(checkpoint_args(megatron)), **args})
-    folder = megatron / f"iter_{iteration:07d}"
-    folder.mkdir()
-    objects = [key for key in reader.objects if key != COMMON_STATE]
-    write(folder, chunks, objects, {"args": stored, "iteration": iteration})
-    (megatron / "latest_checkpointed_iteration.txt").write_text(str(iteration))
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -182,15 +143,12 @@ def test_a_retrofitted_checkpoint_is_exported_with_predictor_settings_and_code(t
     assert files_of(tmp_path / "twice") == files_of(out)
 
 
-def test_command_line_ends_with_json_or_one_line_of_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_command_line_ends_with_json_or_one_line_of_error(tmp_path: Path) -> None:
     """Catches: a traceback, the wrong exit status, or chatter after the JSON line."""
     source = make_qwen3(tmp_path / "hf")
-    command = [sys.executable, TOOL, "import", "--hf", source, "--megatron", tmp_path / "m"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout.splitlines()[-1]).keys() == {
+    done = run_tool("convert", "import", "--hf", source, "--megatron", tmp_path / "m")
+    assert done.status == 0 and done.error == ""
+    assert json.loads(done.out.splitlines()[-1]).keys() == {
         "bytes",
         "tensors",
         "seconds",
@@ -203,13 +161,9 @@ def test_command_line_ends_with_json_or_one_line_of_error(
         ["export", "--hf", source, "--megatron", tmp_path / "m"],  # the output is not empty
         ["verify", "--hf", tmp_path / "x", "--megatron", tmp_path / "m", "--unknown"],
     ):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        out, err = capsys.readouterr()
-        assert stop.value.code == 2 and out == ""
-        assert err.startswith("error: ") and err.count("\n") == 1
+        done = run_tool("convert", *arguments)
+        assert done.status == 2 and done.out == ""
+        assert done.error.startswith("error: ") and done.error.count("\n") == 1
 
 
 def test_the_family_that_the_docs_add_converts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from megatron_dms.conversion.transforms import FusedQKV, Vocabulary, joined, par
 from megatron_dms.formats import tensor_rows
 from megatron_dms.formats.tensor_rows import FileRows, Span, read_all
 from megatron_dms.formats.torch_dist import Chunk, Reader, ShardedRows, _Shard, write
-from tests.unit.conversion.test_roundtrip import join
+from tests.support.checkpoint_edits import join
 
 
 def on_disk(path: Path, tensor: torch.Tensor) -> FileRows:

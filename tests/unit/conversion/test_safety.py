@@ -8,8 +8,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from megatron_dms import files
 from megatron_dms.conversion import CheckpointError, checkpoint_args, export_hf, import_hf
 from megatron_dms.conversion.hf_folder import HFFolder
-from tests.unit.conversion.test_models import make_llama, make_qwen3
+from tests.support.hf_checkpoints import make_llama, make_qwen3
+from tests.support.tools import run_python, script_of
 
 TOOL = Path(__file__).parents[3] / "tools" / "convert.py"
 KILLS = 24  # of each conversion
@@ -185,9 +184,8 @@ def test_the_command_line_reports_limits_leftovers_and_interrupts_in_one_line(
     """
     left = tmp_path / "out.partial-4194305"  # above the largest process id
     left.mkdir()
-    run = [sys.executable, "-B", "-c"]  # a .pyc is a file with a limit, too
     tool = ["import", "--hf", str(inputs / "hf"), "--megatron", str(tmp_path / "out")]
-    start = f"import sys, runpy; sys.argv = {[str(TOOL), *tool]!r}\n"
+    start = f"import sys, runpy; sys.argv = {[str(script_of('convert')), *tool]!r}\n"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
     interrupt = (
         "from megatron_dms.conversion import convert\n"
@@ -196,12 +194,10 @@ def test_the_command_line_reports_limits_leftovers_and_interrupts_in_one_line(
     )
     end = "runpy.run_path(sys.argv[0], run_name='__main__')"
     for before, status, line in ((limit, 2, "error: disk full"), (interrupt, 130, "interrupted")):
-        done = subprocess.run(
-            [*run, start + before + end], capture_output=True, text=True, cwd=TOOL.parents[1]
-        )
-        assert done.stderr.count("\n") == 2, done.stderr
-        note, last = done.stderr.splitlines()
-        assert done.returncode == status and last.startswith(line) and str(left) in note
+        done = run_python("-B", "-c", start + before + end)  # a .pyc is a file with a limit, too
+        assert done.error.count("\n") == 2, done.error
+        note, last = done.errors
+        assert done.status == status and last.startswith(line) and str(left) in note
         assert [path.name for path in tmp_path.iterdir()] == [left.name]
 
 

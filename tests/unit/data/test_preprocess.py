@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
 from megatron_dms.data.preprocess import PreprocessConfig, Summary, preprocess
 from megatron_dms.data.token_files import DataError, check_pair
+from tests.support.tools import ROOT, run_tool
 
-ROOT = Path(__file__).resolve().parents[3]
 WORDS = ["<pad>", "<user>", "<assistant>", "<end>", "<think>", "</think>", "a", "b", "c", "d", "tail"]
 ID = {word: index for index, word in enumerate(WORDS)}
 
@@ -245,11 +245,6 @@ def test_no_target_at_all_is_an_error(tokenizer_dir: str, tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_tool_and_workers(tokenizer_dir: str, tmp_path: Path) -> None:
     """Two workers write the bytes of one process, and the tool's last line is its JSON.
 
@@ -258,13 +253,14 @@ def test_tool_and_workers(tokenizer_dir: str, tmp_path: Path) -> None:
     source = many_documents(tmp_path / "in.jsonl", 64 * 4 + 3)
     preprocess(PreprocessConfig((source,), tokenizer_dir, str(tmp_path / "one")))
     done = run_tool(
-        *("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", str(tmp_path / "two")),
+        "preprocess_data",
+        *("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "two"),
         *("--workers", "2"),
     )
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.error
     for suffix in (".bin", ".idx", "_loss_mask.bin", "_loss_mask.idx"):
         assert (tmp_path / f"two{suffix}").read_bytes() == (tmp_path / f"one{suffix}").read_bytes()
-    answer = json.loads(done.stdout.splitlines()[-1])
+    answer = json.loads(done.out.splitlines()[-1])
     assert answer["documents"] == 259 and answer["skipped"] == 0 and answer["seconds"] > 0
     assert answer["target_tokens"] == answer["tokens"] - 259
 
@@ -276,12 +272,13 @@ def test_tool_says_what_is_wrong_in_one_line(tokenizer_dir: str, tmp_path: Path)
     """
     source = write_lines(tmp_path / "in.jsonl", *[line(text="a")] * 20, b"{", *[line(text="a")] * 200)
     done = run_tool(
-        *("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", str(tmp_path / "out" / "data")),
+        "preprocess_data",
+        *("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out" / "data"),
         *("--workers", "2"),
     )
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(f"error: {source}:21: found no JSON")
+    assert done.status == 2
+    assert len(done.errors) == 1, done.error
+    assert done.error.startswith(f"error: {source}:21: found no JSON")
     assert not list((tmp_path / "out").iterdir())
 
 

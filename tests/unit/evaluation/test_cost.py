@@ -1,10 +1,7 @@
 """tools/evaluate.py cost: figures equal to counting by hand, whatever the batches; and every bad input."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,21 +17,12 @@ from megatron_dms.evaluation.generation_cost import (
     totals,
 )
 from megatron_dms.inference.prompts import Prompt
-from tests.unit.hf.test_export import export
-from tests.unit.hf.test_generate import greedy_by_hand
-from tests.unit.hf.test_reference import (  # noqa: F401
-    KV_HEADS,
-    LAYERS,
-    held_pairs,
-    one_thread,
-    random_tokens,
-    reference,
-    tiny_model,
-)
+from tests.support.dms_by_definition import held_pairs, reference
+from tests.support.exported_models import BASE, export_with_tokenizer
+from tests.support.generation_by_hand import greedy_by_hand
+from tests.support.tiny_dms_models import KV_HEADS, LAYERS, random_tokens, tiny_model
+from tests.support.tools import Done, run_tool
 
-ROOT = Path(__file__).resolve().parents[3]
-BASE = ROOT / "examples" / "tiny_reasoner" / "base"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 NEW = 15
 LENGTHS = (13, 6, 9)
 GREEDY = Generation(max_new_tokens=NEW)
@@ -189,14 +177,6 @@ def test_figures_that_an_old_export_lacks() -> None:
         measure(tiny_model(), [(1, [3, 4])], GREEDY, 0, print, needed=[PER_HEAD[0], "no_such_figure"])
 
 
-def export_with_tokenizer(folder: Path, **settings) -> Path:
-    """A random model with the tiny reasoner's tokenizer."""
-    export(tiny_model(vocab_size=72, **settings), folder)
-    for name in TOKENIZER:
-        shutil.copy(BASE / name, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_with_tokenizer(tmp_path_factory.mktemp("evaluate") / "evaluated_model")
@@ -209,12 +189,9 @@ def prompts(tmp_path: Path) -> Path:
     return file
 
 
-def run(model: Path, prompts: Path, *options: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools/evaluate.py", "cost"]
-    command += ["--model", model, "--prompts", prompts, "--device", "cpu", *options]
-    environment = os.environ | {"HF_MODULES_CACHE": str(cwd / "modules"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+def run(model: Path, prompts: Path, *options: object, cwd: Path) -> Done:
+    return run_tool(
+        "evaluate", "cost", "--model", model, "--prompts", prompts, "--device", "cpu", *options, cwd=cwd
     )
 
 
@@ -223,11 +200,11 @@ def test_command_line(exported: Path, prompts: Path, tmp_path: Path) -> None:
     blank ones, JSON that differs from the table, no file or half of one."""
     out = tmp_path / "cost.json"
     done = run(exported, prompts, "--max-new-tokens", NEW, "--per-head", "--json", out, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
+    assert done.status == 0, done.error
+    *table, last = done.out.splitlines()
     line, saved = json.loads(last), json.loads(out.read_text())
     assert saved.items() >= line.items() and set(saved) - set(line) == {"rows", "per_head"}
-    assert line["eviction"] is True and "switched off" not in done.stdout
+    assert line["eviction"] is True and "switched off" not in done.out
     assert (line["chains"], line["dtype"], line["device"], line["page_attention"]) == (
         1,
         "float32",
@@ -252,7 +229,7 @@ def test_command_line(exported: Path, prompts: Path, tmp_path: Path) -> None:
         cells = next(cells for text in table if (cells := text.split()) and cells[0] == str(row["line"]))
         assert cells[1:5] == [str(len(ids)), str(NEW), f"{row['achieved_cr']:.2f}", f"{row['kv_reads']:.1f}"]
     assert line["kv_reads"] == pytest.approx(sum(hand.reads_LG.mean().item() for hand in hands))
-    assert len(saved["per_head"]["kv_reads"]) == LAYERS and "head 1" in done.stdout
+    assert len(saved["per_head"]["kv_reads"]) == LAYERS and "head 1" in done.out
 
 
 def test_eviction_switched_off(exported: Path, prompts: Path, tmp_path: Path) -> None:
@@ -261,8 +238,8 @@ def test_eviction_switched_off(exported: Path, prompts: Path, tmp_path: Path) ->
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dms_disable_eviction": True}))
     done = run(folder, prompts, "--max-new-tokens", 9, "--chains", 2, "--seed", 3, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, *_, last = done.stdout.splitlines()
+    assert done.status == 0, done.error
+    first, *_, last = done.out.splitlines()
     found = json.loads(last)
     assert first == "eviction is switched off (dms_disable_eviction): every pair is kept, CR 1"
     assert found["eviction"] is False and found["achieved_cr"] == 1 and found["seed"] == 3
@@ -304,11 +281,11 @@ LINES = {
 }
 
 
-def refused(done: subprocess.CompletedProcess[str], message: str) -> None:
-    assert done.returncode == 2 and done.stdout == "", done.stdout + done.stderr
-    *before, last = done.stderr.splitlines()
-    assert last.startswith("error: ") and message in last, done.stderr
-    assert all(line.startswith("loading ") for line in before), done.stderr
+def refused(done: Done, message: str) -> None:
+    assert done.status == 2 and done.out == "", done.out + done.error
+    *before, last = done.errors
+    assert last.startswith("error: ") and message in last, done.error
+    assert all(line.startswith("loading ") for line in before), done.error
 
 
 @pytest.mark.parametrize("case", LINES)

@@ -1,81 +1,23 @@
 """tools/evaluate.py run and score: interrupted or not, with or without models, the same table."""
 
-import importlib.util
-import io
-import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
-from contextlib import redirect_stderr, redirect_stdout
 from html import unescape
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from megatron_dms.evaluation import evaluation_run, runner
 from megatron_dms.provenance import made_by
-from tests.unit.evaluation.test_cost import BASE, ROOT, export_with_tokenizer
-from tests.unit.hf.test_reference import one_thread  # noqa: F401
+from tests.support.evaluation_runs import PROBLEMS, Inputs, evaluate, make_inputs, refused, samples
+from tests.support.tools import run_python, script_of
 
-TOOL = ROOT / "tools/evaluate.py"
-PROBLEMS = 3
-RUNS = ["--methods", "vanilla,tova,dms", "--budgets", "2-12-1,1-12-1,2-12-4", "--seeds", "0,7"]
 FILES = [
     f"{name}-seed{seed}.jsonl"
     for name in ("vanilla-1-12-1", "vanilla-2-12-1", "tova-2-12-4", "dms-2-12-4")
     for seed in (0, 7)
 ]
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    error: list[str]
-
-
-def evaluate(*arguments: object) -> Done:
-    """The tool in this process, which saves the seconds that imports take."""
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    out, error, before = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = [str(TOOL), *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(error):
-            status = tool.main()
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        sys.argv = before
-    return Done(status, out.getvalue(), error.getvalue().splitlines())
-
-
-class Inputs(NamedTuple):
-    folder: Path
-    model: Path
-    dms: Path
-    data: Path
-
-    def run(self, out: Path, *options: object, runs: list[str] = RUNS) -> Done:
-        arguments = ["--task", "tiny_reasoner", "--data", self.data, "--model", self.model, "--out", out]
-        dms = ["--dms", f"4={self.dms}"] if "dms" in runs[1] else []
-        more = ["--batch-size", 2, "--device", "cpu", *runs, *dms, *options]
-        return evaluate("run", *arguments, *more)
-
-
-def make_inputs(folder: Path) -> Inputs:
-    """The tiny reasoner, a random model with its tokenizer, and 3 problems: batches of 2 and 1."""
-    from problems import generate
-
-    shutil.copytree(BASE, folder / "plain")
-    export_with_tokenizer(folder / "run_model")
-    lines = [json.dumps(item) + "\n" for item in itertools.islice(generate("heldout", 3), PROBLEMS)]
-    (folder / "problems.jsonl").write_text("".join(lines))
-    return Inputs(folder, folder / "plain", folder / "run_model", folder / "problems.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +30,7 @@ def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation that nothing interrupted; not to be changed."""
     out = tmp_path_factory.mktemp("finished") / "out"
     done = inputs.run(out)
-    assert done.status == 0, done.error
+    assert done.status == 0, done.errors
     return out
 
 
@@ -104,22 +46,6 @@ def results(out: Path) -> dict:
         assert row.pop("seconds") > 0
     del found["mean_gain"]["seconds"]
     return found
-
-
-def samples(out: Path) -> dict[str, list[dict]]:
-    """By file, without what a clock says."""
-    found = {}
-    for file in (out / "samples").iterdir():
-        found[file.name] = [json.loads(line) for line in file.read_text().splitlines()]
-        for line in found[file.name]:
-            assert line["batch"].pop("seconds") > 0
-    return found
-
-
-def refused(done: Done, message: str) -> None:
-    assert done.status == 2 and done.out == "", done
-    assert done.error[-1].startswith("error: ") and message in done.error[-1], done.error
-    assert not any(line.startswith(("Traceback", "error: ")) for line in done.error[:-1]), done.error
 
 
 def test_table_files_and_report(inputs: Inputs, finished: Path) -> None:
@@ -182,7 +108,7 @@ def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path,
     with monkeypatch.context() as patch:
         patch.setattr(runner, "generate", until)
         done = inputs.run(out)
-    assert (done.status, done.error[-1]) == (130, "interrupted; the samples so far are kept")
+    assert (done.status, done.errors[-1]) == (130, "interrupted; the samples so far are kept")
     assert done.out == "" and not (out / "results.json").exists()
     if calls:
         latest = max((out / "samples").iterdir(), key=lambda path: path.stat().st_mtime_ns)
@@ -219,7 +145,7 @@ def test_rescoring_needs_no_models(inputs: Inputs, copy: Path, monkeypatch) -> N
         for folder in hidden.iterdir():
             folder.rename(inputs.folder / folder.name)
         hidden.rmdir()
-    assert done.status == 0 and done.error == [], done.error
+    assert done.status == 0 and done.errors == [], done.errors
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
     *table, _, last = done.out.splitlines()
     rows = json.loads(last)["rows"]
@@ -233,7 +159,7 @@ def test_score_names_what_is_left_out(inputs: Inputs, copy: Path) -> None:
     cut = b"".join(file.read_bytes().splitlines(keepends=True)[:2])
     file.write_bytes(cut + b'{"id"')
     done = evaluate("score", "--out", copy)
-    assert done.status == 0 and done.error == ["left out: dms-2-12-4-seed7, 2 of 3 problems"]
+    assert done.status == 0 and done.errors == ["left out: dms-2-12-4-seed7, 2 of 3 problems"]
     assert [row["seeds"] for row in results(copy)["rows"]] == [1, 2, 2, 2]
     assert file.read_bytes() == cut + b'{"id"', "a run may be writing to it"
     for other in set((copy / "samples").iterdir()) - {file}:
@@ -247,7 +173,8 @@ def test_other_problems_under_the_same_name(inputs: Inputs, copy: Path, tmp_path
     try:
         inputs.data.write_text(before.replace("what is", "and what is"))
         refused(
-            evaluate("score", "--out", copy), "the problems of tiny_reasoner are not those of the samples"
+            evaluate("score", "--out", copy),
+            "the problems of tiny_reasoner are not those of the samples",
         )
         refused(inputs.run(copy), "holds an evaluation with problems '3, sha256 ")
     finally:
@@ -279,14 +206,17 @@ def test_moved_data_and_model(inputs: Inputs, copy: Path, tmp_path: Path) -> Non
     moved = inputs._replace(data=shutil.copy(inputs.data, tmp_path / "moved.jsonl"))
     before = (copy / "settings.json").read_bytes()
     done = evaluate("score", "--out", copy, "--data", moved.data)
-    assert done.status == 0 and str(moved.data) in (copy / "report.html").read_text(), done.error
+    assert done.status == 0 and str(moved.data) in (copy / "report.html").read_text(), done.errors
     assert (copy / "settings.json").read_bytes() == before
     other = tmp_path / "other.jsonl"
     other.write_text(inputs.data.read_text().replace("what is", "and what is"))
-    refused(evaluate("score", "--out", copy, "--data", other), "the problems of tiny_reasoner are not those")
+    refused(
+        evaluate("score", "--out", copy, "--data", other),
+        "the problems of tiny_reasoner are not those",
+    )
     moved = moved._replace(dms=shutil.copytree(inputs.dms, tmp_path / "moved_model"))
     done = moved.run(copy, "--limit", PROBLEMS)
-    assert done.status == 0, done.error
+    assert done.status == 0, done.errors
     settings = json.loads((copy / "settings.json").read_text())
     assert (settings["data"], settings["limit"]) == (str(moved.data), PROBLEMS)
     assert settings["dms 4"][0] == str(moved.dms)
@@ -298,7 +228,7 @@ def test_makers(inputs: Inputs, finished: Path, tmp_path: Path, monkeypatch) -> 
     for commit, seeds in (("one", "0"), ("two", "0"), ("three", "0,1")):
         monkeypatch.setattr(evaluation_run, "made_by", lambda device, commit=commit: {"commit": commit})
         done = inputs.run(out, runs=[*short, seeds])
-        assert done.status == 0, done.error
+        assert done.status == 0, done.errors
     makers = json.loads((out / "settings.json").read_text())["made_by"]
     assert makers == [{"commit": "one"}, {"commit": "three"}]
 
@@ -354,16 +284,14 @@ def test_help_needs_no_torch() -> None:
     for command in ("run", "score"):
         code = (
             "import runpy, sys\n"
-            f"sys.argv = [{str(TOOL)!r}, {command!r}, '--help']\n"
+            f"sys.argv = [{str(script_of('evaluate'))!r}, {command!r}, '--help']\n"
             "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "except SystemExit as stop:\n    assert stop.code == 0\n"
             "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60
-        )
-        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-        assert "--out OUT" in done.stdout
+        done = run_python("-c", code)
+        assert done.status == 0 and done.out.splitlines()[-1] == "[]", done.out + done.error
+        assert "--out OUT" in done.out
 
 
 def test_prompts_are_asked_in_the_batches_own_seed() -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.evaluation.test_cost import BASE
-from tests.unit.evaluation.test_run import Inputs, evaluate, make_inputs, refused, samples
-from tests.unit.hf.test_reference import one_thread  # noqa: F401
+from tests.support.evaluation_runs import Inputs, evaluate, make_inputs, refused, samples
+from tests.support.exported_models import BASE
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +38,11 @@ def test_achieved_cr_1_stops(inputs: Inputs, tmp_path: Path) -> None:
     short = ["--methods", "window", "--budgets", "1-8-1.001"]
     done = inputs.run(tmp_path / "short", runs=short)
     refused(done, "the achieved CR is 1 where 1.001 was asked for")
-    assert "The texts are shorter than what the budget keeps" in done.error[-1]
+    assert "The texts are shorter than what the budget keeps" in done.errors[-1]
     vanilla = ["--methods", "vanilla", "--budgets", "1-8-1"]
     done = inputs.run(tmp_path / "short", runs=vanilla)
     said = "left out: window-1-8-1.001-seed0, achieved CR 1"
-    assert done.status == 0 and said in done.error, done.error
+    assert done.status == 0 and said in done.errors, done.errors
     results = json.loads((tmp_path / "short" / "results.json").read_text())
     assert [row["method"] for row in results["rows"]] == ["vanilla"]
     assert results["left_out"] == [said.removeprefix("left out: ")] and "window" not in done.out.split("{")[0]
@@ -167,7 +166,10 @@ def test_folders_that_are_no_evaluation(inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     refused(inputs.run(tmp_path, runs=DMS), "is not empty and holds no evaluation: choose another --out")
     refused(inputs.run(tmp_path / "mine", runs=DMS), "mine")
-    refused(evaluate("score", "--out", tmp_path), "holds no evaluation: its settings.json: No such file")
+    refused(
+        evaluate("score", "--out", tmp_path),
+        "holds no evaluation: its settings.json: No such file",
+    )
     refused(evaluate("score", "--out", tmp_path / "none"), "holds no evaluation")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert (tmp_path / "mine").read_text() == "kept"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dms.evaluation.samples import SampleFile, note_maker, runs_there, settle
-from tests.unit.evaluation.test_scoring import batch, sample
+from tests.support.evaluation_samples import batch, sample
 
 
 def test_samples_round_trip(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Budgets, figures from samples, Pareto figures and the report: no model, no torch."""
 
 import re
-from collections.abc import Sequence
 from html import unescape
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from megatron_dms.evaluation.budgets import METHODS, Budget, Run, plan
 from megatron_dms.evaluation.figures import AXES, draw, mean_gains, svg
 from megatron_dms.evaluation.report import report
-from megatron_dms.evaluation.samples import Batch, Chain, Sample
+from megatron_dms.evaluation.samples import Batch, Sample
 from megatron_dms.evaluation.scoring import (
     Difference,
     Row,
@@ -22,6 +21,7 @@ from megatron_dms.evaluation.scoring import (
 from megatron_dms.evaluation.statistics import Estimate
 from megatron_dms.evaluation.tasks import Problem, Task
 from megatron_dms.evaluation.tasks.task import grades_of
+from tests.support.evaluation_samples import batch, sample
 
 W3 = Budget(3, 8, 4.0)
 
@@ -34,19 +34,6 @@ def task(by_vote: bool = True) -> Task:
         [Problem(id, [], gold) for id, gold in (("p0", "a"), ("p1", "b"))],
         lambda problem, texts: grades_of([text or None for text in texts], lambda text: text == problem.gold),
     )
-
-
-def sample(id: str, texts: Sequence[str], batch: Batch, first: int = 1) -> Sample:
-    """Its chains have the costs first, first + 1, ...; the first one was cut off and loops."""
-    chains = [
-        Chain(text, n, n > first, n == first, 10.0 * n, 100 * n, 1000.0 * n)
-        for n, text in enumerate(texts, first)
-    ]
-    return Sample(id, chains, batch)
-
-
-def batch(index: int = 0, problems: int = 1, seconds: float = 1.0, fraction: float = 0.5) -> Batch:
-    return Batch(index, problems, seconds, fraction, decided=30, peak_bytes=100)
 
 
 def by_seed() -> dict[int, list[Sample]]:

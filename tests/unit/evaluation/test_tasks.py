@@ -2,16 +2,13 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_dms.evaluation.tasks import TASKS, Graded, Problem, load_task
 from tests.support.task_cases import AIME, CHAT, FORMATS, GSM8K, MATH, graded, question, write
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.tools import run_python
 
 
 def test_the_names_come_without_the_tasks() -> None:
@@ -21,8 +18,8 @@ def test_the_names_come_without_the_tasks() -> None:
         "heavy = ('datasets', 'torch', 'pyarrow', 'sympy', 'transformers'); "
         "print(len(t.TASKS), [n for n in heavy if n in sys.modules], 'math_verify' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert out.stdout.split("\n")[0] == f"{len(TASKS)} [] False"
+    done = run_python("-c", code)
+    assert done.out.split("\n")[0] == f"{len(TASKS)} [] False"
 
 
 def test_math500(tmp_path: Path) -> None:

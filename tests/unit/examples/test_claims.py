@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from importlib import import_module as script  # the example's scripts import each other by bare names
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dms.evaluation.budgets import Budget, plan
-from tests.unit.evaluation.test_cost import export_with_tokenizer
-from tests.unit.examples.test_tiny_reasoner import script
-from tests.unit.hf.test_reference import one_thread, reference  # noqa: F401
+from tests.support.dms_by_definition import reference
+from tests.support.exported_models import export_with_tokenizer
 
 SEEDS = (1, 2, 3)
 METHODS_ASKED = ("vanilla", "dms", "tova", "h2o", "quest", "window")

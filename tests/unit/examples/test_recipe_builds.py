@@ -5,10 +5,7 @@ and with the planner's account, byte by byte.
 """
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -21,7 +18,6 @@ import torch
 from megatron_dms.planning.devices import DEVICES, Assumptions
 from megatron_dms.planning.memory import stage_memory
 from megatron_dms.planning.models import preset
-from tests.support.launching import ROOT
 from tests.support.recipe_cases import (
     EXAMPLES,
     MODELS,
@@ -33,6 +29,7 @@ from tests.support.recipe_cases import (
     launched,
     read_env,
 )
+from tests.support.tools import ROOT, run_python
 
 TOKENIZER = EXAMPLES / "tiny_reasoner" / "base"
 
@@ -89,11 +86,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     for name, (flags, _) in BROKEN.items():
         cases[name] = good | {"flags": good["flags"] + flags.split(), "ranks_to_build": [0]}
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, ROOT / "tests" / "support" / "recipe_builds.py", "cases.json", "built.json"]
-    # no GPU: the same path everywhere
-    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    script = ROOT / "tests" / "support" / "recipe_builds.py"
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}  # no GPU: the same path everywhere
+    done = run_python(script, "cases.json", "built.json", cwd=folder, env=hidden, timeout=600)
+    assert done.status == 0, done.error
     return json.loads((folder / "built.json").read_text())
 
 

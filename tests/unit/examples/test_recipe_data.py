@@ -1,14 +1,12 @@
 """The data of the recipes: OpenR1-Math-220k to JSONL, and R1's chats with their thoughts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_dms.data.chat_encoder import DocumentEncoder
-from tests.support.launching import ROOT
+from tests.support.tools import ROOT, Done, run_tool
 
 TOKENIZER = ROOT / "examples" / "tiny_reasoner" / "base"
 TEMPLATE = (ROOT / "examples" / "r1_with_thoughts.jinja").read_text(encoding="utf-8")
@@ -22,11 +20,10 @@ ROWS = [
 ]  # fmt: skip
 
 
-def convert(folder: Path, rows: list[dict], *words: str) -> subprocess.CompletedProcess[str]:
+def convert(folder: Path, rows: list[dict], *words: str) -> Done:
     source = folder / "train.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, ROOT / "examples" / "openr1.py", "--source", source, *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    return run_tool("examples/openr1.py", "--source", source, *words, cwd=folder)
 
 
 @pytest.mark.parametrize("text", [False, True])
@@ -34,8 +31,8 @@ def test_verified_answers_only(tmp_path: Path, text: bool) -> None:
     """Catches: an answer that is wrong, cut off or was never judged, and one without its thoughts."""
     out = tmp_path / "data" / "openr1.jsonl"
     done = convert(tmp_path, ROWS, "--out", str(out), *["--text"] * text)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"problems": 2, "answers": 2, "path": str(out)}
+    assert done.status == 0, done.error
+    assert json.loads(done.out) == {"problems": 2, "answers": 2, "path": str(out)}
     found = [json.loads(line) for line in out.read_text().splitlines()]
     answers = [ROWS[0]["generations"][k] for k in (0, 3)]
     if text:
@@ -55,7 +52,7 @@ def test_verified_answers_only(tmp_path: Path, text: bool) -> None:
 def test_bad_data(tmp_path: Path, rows: list[dict], said: str) -> None:
     """Catches: another data set taken for this one, and an empty file left behind."""
     done = convert(tmp_path, rows, "--out", str(tmp_path / "out.jsonl"))
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.status == 2 and said in done.error and len(done.errors) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"]
 
 

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -27,6 +25,7 @@ from tests.support.recipe_cases import (
     read_recipe,
     recipe_pages,
 )
+from tests.support.tools import run_tool
 
 
 def test_one_node_holds_32k_tokens_of_qwen3_8b() -> None:
@@ -64,13 +63,10 @@ def test_env_files_are_what_the_launcher_takes(name: str) -> None:
     """Catches: a mistake in an env file, and one read in another way by the pages and by the launcher."""
     env = EXAMPLES / f"{name}.env"
     done = launch(ROOT, SBATCH, "--dry-run", env)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.error
     read = read_env(env)
     assert launched(name)[:-3] == read["TRAIN_ARGS"].split()  # less --exit-signal-handler and the like
-    assert (
-        f" --nodes={read['NODES']} " in done.stdout
-        and f"--gpus-per-node={read['GPUS_PER_NODE']}" in done.stdout
-    )
+    assert f" --nodes={read['NODES']} " in done.out and f"--gpus-per-node={read['GPUS_PER_NODE']}" in done.out
 
 
 def test_an_env_file_of_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -114,10 +110,9 @@ def test_commands_are_real() -> None:
         f"tools/{tool}.py" for tool in ("preprocess_data", "plan", "convert", "evaluate")
     }
     for command, given in flags.items():
-        done = subprocess.run(
-            [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        unknown = [flag for flag in given if f"{flag} " not in done.stdout and f"{flag}\n" not in done.stdout]
+        done = run_tool(*command, "--help", cwd=ROOT)
+        assert done.status == 0, done.error
+        unknown = [flag for flag in given if f"{flag} " not in done.out and f"{flag}\n" not in done.out]
         assert not unknown, (command, unknown)
 
 
@@ -125,12 +120,13 @@ def test_the_planners_command_says_what_the_table_says() -> None:
     """Catches: a command that plans another run than the recipe's, a price without effect."""
     recipe = RECIPES["qwen-r1-32b/paper"]
     words = shlex.split(recipe_pages.plan_command(recipe).replace("\\\n", ""))
-    done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
-    best = json.loads(done.stdout.splitlines()[-1])["best"][0]
+    done = run_tool(*words[1:], cwd=ROOT)
+    assert done.status == 0, done.error
+    best = json.loads(done.out.splitlines()[-1])["best"][0]
     shown = recipe_pages.figures(recipe)
     plan = recipe.plan
     assert best["memory_bytes"]["total"] == plan.memory.total
     assert list(best["hours"].values()) == [plan.hours(count) for count in recipe.steps.values()]
     assert list(best["usd"].values()) == [2.5 * value for value in best["device_hours"].values()]
     assert shown["USD"] == "; ".join(f"{value:,.0f}" for value in best["usd"].values())
-    assert "price, as given: 2.5 USD" in done.stdout and "  USD" in done.stdout
+    assert "price, as given: 2.5 USD" in done.out and "  USD" in done.out

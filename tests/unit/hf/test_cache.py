@@ -8,30 +8,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from megatron_dms.hf import pages_dms
-from tests.unit.hf.test_reference import (  # noqa: F401
-    FAMILIES_AND_SETTINGS,
-    KV_HEADS,
-    LAYERS,
-    held_pairs,
-    one_thread,
-    random_tokens,
-    reference,
-    tiny_model,
-)
+from tests.support.dms_by_definition import held_pairs, reference
+from tests.support.generation_by_hand import feed
+from tests.support.tiny_dms_models import FAMILIES_AND_SETTINGS, KV_HEADS, LAYERS, random_tokens, tiny_model
 
 T = 23
-
-
-def feed(model, cache, ids_BT, sizes, **inputs):
-    """Logits [B, T, vocab] of the tokens fed in chunks of the given sizes (the last one as often as
-    needed)."""
-    logits, start = [], 0
-    sizes = list(sizes)
-    while start < ids_BT.shape[1]:
-        stop = start + (sizes.pop(0) if len(sizes) > 1 else sizes[0])
-        logits.append(model(ids_BT[:, start:stop], past_key_values=cache, use_cache=True, **inputs).logits)
-        start = stop
-    return torch.cat(logits, dim=1)
 
 
 def held(cache):

@@ -1,9 +1,6 @@
 """An exported folder stands on its own: settings in config.json, code beside the weights, no package."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +12,9 @@ from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
 from megatron_dms.hf import SUPPORTED_MODEL_TYPES, config_entries, export_files, modeling_dms
 from megatron_dms.hf.configuration_dms import DMSSettings
-from tests.unit.hf.test_reference import one_thread, random_tokens, tiny_model  # noqa: F401
+from tests.support.exported_models import export
+from tests.support.tiny_dms_models import random_tokens, tiny_model
+from tests.support.tools import run_python
 
 SETTINGS = {
     "predictor": "query_channel",
@@ -45,39 +44,41 @@ LOAD_AND_GENERATE = """
 import json, sys, torch, transformers
 sys.modules["megatron_dms"] = None  # importing the package is an error, wherever it is installed
 from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokens = model.generate(torch.tensor(json.loads(sys.argv[2])), do_sample=False, max_new_tokens=9)
-print(json.dumps({"class": type(model).__name__, "module": type(model).__module__,
-                  "transformers": transformers.__version__,
-                  "tokens": tokens.tolist(), "stats": model.last_kv_stats.to_dict()}))
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens = model.generate(ids, do_sample=False, max_new_tokens=9)
+    print(json.dumps({"class": type(model).__name__, "module": type(model).__module__,
+                      "transformers": transformers.__version__,
+                      "tokens": tokens.tolist(), "stats": model.last_kv_stats.to_dict()}))
 """
+PREDICTORS = {"qwen3": "query_channel", "llama": "linear", "mistral": "query_channel", "qwen2": "linear"}
 
 
-def export(model, folder: Path) -> None:
-    model.save_pretrained(folder)
-    for file in export_files():
-        shutil.copy(file, folder)
+@pytest.fixture(scope="module")
+def loaded_without_the_package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What one process that cannot import the package generates with the export of each family."""
+    folder = tmp_path_factory.mktemp("exports")
+    for family, predictor in PREDICTORS.items():
+        export(tiny_model(family, predictor=predictor), folder / family)
+    transformers_only = {"PYTHONPATH": str(Path(transformers.__file__).parents[1])}  # this one, no package
+    ids, modules = json.dumps(random_tokens(2, 13).tolist()), {"HF_MODULES_CACHE": str(folder / "modules")}
+    words = ["-c", LOAD_AND_GENERATE, ids, *(folder / family for family in PREDICTORS)]
+    done = run_python(*words, cwd=folder, env=transformers_only | modules)
+    assert done.status == 0, done.error
+    return dict(zip(PREDICTORS, map(json.loads, done.out.splitlines()[-len(PREDICTORS) :]), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("family", "predictor"),
-    [("qwen3", "query_channel"), ("llama", "linear"), ("mistral", "query_channel"), ("qwen2", "linear")],
-)
-def test_export_runs_without_the_package(family, predictor, tmp_path):
+@pytest.mark.parametrize("family", PREDICTORS)
+def test_export_runs_without_the_package(
+    family: str, loaded_without_the_package: dict[str, dict], tmp_path: Path
+) -> None:
     """Catches a module missing from export_files, an import of the package in one of them, a wrong auto_map,
     and weights that do not come back."""
-    model, ids_BT = tiny_model(family, predictor=predictor), random_tokens(2, 13)
-    folder = tmp_path / "export"
-    export(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["model_type"] == family
-    command = [sys.executable, "-c", LOAD_AND_GENERATE, str(folder), json.dumps(ids_BT.tolist())]
-    keep = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    keep["PYTHONPATH"] = str(Path(transformers.__file__).parents[1])  # this one, and no package
-    run = subprocess.run(command, cwd=tmp_path, env=keep, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    loaded = json.loads(run.stdout.splitlines()[-1])
+    model, ids_BT = tiny_model(family, predictor=PREDICTORS[family]), random_tokens(2, 13)
+    export(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
+    loaded = loaded_without_the_package[family]
     assert loaded["module"].startswith("transformers_modules.")
     assert loaded["class"] == type(model).__name__
     assert loaded["transformers"] == transformers.__version__

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from megatron_dms.hf import modeling_dms, pages_dms
-from tests.unit.hf.test_generate import PROMPT, left_padded
-from tests.unit.hf.test_reference import KV_HEADS, LAYERS, one_thread, random_tokens, tiny_model  # noqa: F401
+from tests.support.generation_by_hand import PROMPT, left_padded
+from tests.support.tiny_dms_models import KV_HEADS, LAYERS, random_tokens, tiny_model
 
 NEW = 9
 SEVERAL = {

@@ -8,35 +8,11 @@ from transformers import StoppingCriteria
 
 from megatron_dms.hf import MODEL_CLASSES
 from megatron_dms.hf.pages_dms import PAGE_SIZE
-from tests.unit.hf.test_reference import (  # noqa: F401
-    HEAD_SIZE,
-    KV_HEADS,
-    LAYERS,
-    held_pairs,
-    one_thread,
-    random_tokens,
-    reference,
-    tiny_model,
-)
+from tests.support.dms_by_definition import held_pairs, reference
+from tests.support.generation_by_hand import NEW, PROMPT, greedy_by_hand, left_padded
+from tests.support.tiny_dms_models import HEAD_SIZE, KV_HEADS, LAYERS, random_tokens, tiny_model
 
-PROMPT, NEW = 13, 17
 GREEDY = {"do_sample": False, "max_new_tokens": NEW}
-
-
-def greedy_by_hand(model, ids_BT, steps=NEW):
-    """The same without generate and without a cache."""
-    for _ in range(steps):
-        best = model(ids_BT, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        ids_BT = torch.cat([ids_BT, best], dim=1)
-    return ids_BT
-
-
-def left_padded(*prompts):
-    """input_ids and attention_mask of prompts [1, T_i], padded with 0 on the left."""
-    width = max(p.shape[1] for p in prompts)
-    pad = [torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts]
-    mask = [torch.nn.functional.pad(torch.ones_like(p), (width - p.shape[1], 0)) for p in prompts]
-    return {"input_ids": torch.cat(pad), "attention_mask": torch.cat(mask)}
 
 
 def cost_by_hand(model, ids_T, prompt, produced):

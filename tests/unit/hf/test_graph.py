@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_dms.hf import graph_dms, pages_dms
 from megatron_dms.hf.graph_dms import GraphedStep
-from tests.unit.hf.test_reference import one_thread, random_tokens, tiny_model  # noqa: F401
+from tests.support.tiny_dms_models import random_tokens, tiny_model
 
 PROMPT, PADDING = 11, (0, 3, 7)
 SETTINGS = [("query_channel", 3, 1), ("linear", 7, 7), ("key_channel", 3, 0), ("key_channel", 0, 1)]

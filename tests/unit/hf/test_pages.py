@@ -10,7 +10,8 @@ from megatron_dms.hf.cache_dms import DMSCache
 from megatron_dms.hf.cache_layer_dms import DMSCacheLayer
 from megatron_dms.hf.page_attention_dms import PAGE_ATTENTION, attend_pages, page_attention
 from megatron_dms.hf.sparse_attention_dms import NewTokens, attend
-from tests.unit.hf.test_reference import is_gone, one_thread, random_tokens, tiny_model  # noqa: F401
+from tests.support.dms_by_definition import is_gone
+from tests.support.tiny_dms_models import random_tokens, tiny_model
 
 GROUPS, QUERIES, SIZE = 2, 2, 4
 SCALE = 0.7

@@ -9,9 +9,8 @@ import transformers
 from transformers import StoppingCriteria
 
 from megatron_dms.hf import refusals_dms
-from tests.unit.hf.test_cache import feed
-from tests.unit.hf.test_generate import left_padded
-from tests.unit.hf.test_reference import one_thread, random_tokens, tiny_model  # noqa: F401
+from tests.support.generation_by_hand import feed, left_padded
+from tests.support.tiny_dms_models import random_tokens, tiny_model
 
 POSITIONS = 24
 

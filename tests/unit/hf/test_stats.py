@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.unit.hf.test_generate import left_padded
-from tests.unit.hf.test_reference import KV_HEADS, LAYERS, held_pairs, random_tokens, reference, tiny_model
+from tests.support.dms_by_definition import held_pairs, reference
+from tests.support.generation_by_hand import left_padded
+from tests.support.tiny_dms_models import KV_HEADS, LAYERS, random_tokens, tiny_model
 
 PROMPTS, NEW = (13, 6, 9), 17
 

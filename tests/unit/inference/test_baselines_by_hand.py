@@ -4,9 +4,6 @@ For the evicting methods key j is the j-th unit vector, so that a query made of 
 these; and value j is the j-th unit vector, so that the output shows what was read.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -14,6 +11,7 @@ from megatron_dms.hf.sparse_attention_dms import NewTokens
 from megatron_dms.inference.baselines import METHODS, make_policy
 from megatron_dms.inference.baselines.cache import LAYERS, BaselineCache
 from megatron_dms.inference.baselines.policies import H2O, TOVA, Quest, Window
+from tests.support.tools import run_python
 
 TOKENS, HEADS, GROUPS = 12, 4, 2
 UNIT = torch.eye(TOKENS).double()
@@ -215,8 +213,7 @@ def test_the_names_come_without_torch():
         "import sys; from megatron_dms.inference.baselines import METHODS; "
         "print(*METHODS, 'torch' in sys.modules)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["vanilla", "tova", "h2o", "quest", "window", "False"]
+    assert run_python("-c", code).out.split() == ["vanilla", "tova", "h2o", "quest", "window", "False"]
 
 
 def test_the_state_is_all_there_is():

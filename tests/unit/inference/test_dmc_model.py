@@ -14,15 +14,7 @@ from megatron_dms.hf import MODEL_CLASSES, config_entries, export_files
 from megatron_dms.hf.configuration_dms import DMSSettings
 from megatron_dms.inference import dmc_model
 from megatron_dms.ops.merging import merge_pairs
-from tests.unit.hf.test_reference import (  # noqa: F401
-    HEAD_SIZE,
-    KV_HEADS,
-    LAYERS,
-    QUERY_HEADS,
-    one_thread,
-    random_tokens,
-    tiny_config,
-)
+from tests.support.tiny_dms_models import HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS, random_tokens, tiny_config
 
 T, NEW = 21, 12
 CLOSE = {"rtol": 0.0, "atol": 1e-4}

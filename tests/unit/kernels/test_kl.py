@@ -5,7 +5,6 @@ Their Triton kernels run in Triton's interpreter, in a process of its own, as tr
 
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,18 @@ import torch.distributed as dist
 from megatron_dms.kernels import kl, linear_kl
 from megatron_dms.kernels.kl import distillation_kl
 from megatron_dms.kernels.linear_kl import linear_kl as fused
-from tests.support.kl_cases import CASES, FP64, PLAIN, Case, compare, expected, make_logits
+from tests.support.kl_cases import (
+    CASES,
+    FP64,
+    PLAIN,
+    SPREAD,
+    Case,
+    compare,
+    expected,
+    fused_by_hand,
+    make_logits,
+    projections,
+)
 from tests.support.triton_process import hide_nothing, run
 
 COLUMNS = {"uneven": (80, 51), "a rank without columns": (131, 0)}
@@ -118,26 +128,6 @@ def on_two_processes(rank: int, folder: str) -> None:
             found[split, direction, "fused"] = (total.detach(), parts[0].grad, d_weight)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-
-
-SPREAD = replace(CASES[0], dtype=FP64, width=131, temperature=1.5)
-
-
-def projections() -> tuple[torch.Tensor, ...]:
-    """Hidden states [19, 12] and weight [131, 12] of the student, [19, 8] and [131, 8] of the teacher, and
-    weights of tokens [19]; fp64."""
-    generator = torch.Generator().manual_seed(4)
-    shapes = ((19, 12), (131, 12), (19, 8), (131, 8), (19,))
-    return tuple(torch.randn(*shape, dtype=FP64, generator=generator) for shape in shapes)
-
-
-def fused_by_hand(direction: str, columns: int = 131, temperature: float = 1.5) -> tuple:
-    hidden, weight, other_hidden, other_weight, weights = projections()
-    hidden.requires_grad_(), weight.requires_grad_()
-    logits = ((hidden @ weight.T), (other_hidden @ other_weight.T))
-    losses = PLAIN[direction](*(x[:, :columns] / temperature for x in logits))
-    (losses * weights).sum().backward()
-    return losses.detach(), (losses * weights).sum().detach(), hidden.grad, weight.grad
 
 
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:

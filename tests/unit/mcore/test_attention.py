@@ -18,11 +18,12 @@ from megatron_dms.mcore.compression_account import CompressionAccount, ModelShap
 from megatron_dms.mcore.microbatch import Microbatch, Phase
 from megatron_dms.ops.attention import dms_attention
 from megatron_dms.training.trainable import borrowed_rows, freeze_all_but_predictor, zero_borrowed_rows
-from tests.support.mcore_cases import (  # noqa: F401
+from tests.support.mcore_cases import (
     HIDDEN,
     LAYERS,
     PER_GROUP,
     PREDICTORS,
+    ROWS,
     SAMPLES,
     SETTINGS,
     VOCAB,
@@ -38,11 +39,12 @@ from tests.support.mcore_cases import (  # noqa: F401
     hidden_states,
     in_fp64,
     microbatch,
-    one_process,
     reference,
     rms,
     transformer_config,
 )
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.mark.parametrize("granularity", ["head", "layer"])
@@ -142,8 +144,6 @@ def test_decisions_do_not_depend_on_ranks_or_batches(granularity: str) -> None:
         assert torch.equal(decide(everything, one, one, (sample,)), whole[row : row + 1])
 
 
-# Rows of [query, query, key, value] x 2 KV heads, D = 8 each: the last of each borrowed part.
-ROWS = {"query_channel": [7, 39], "key_channel": [23, 55]}
 BORROWED = [(predictor, granularity) for predictor in ROWS for granularity in ("head", "layer")]
 
 

@@ -5,14 +5,15 @@ import pytest
 from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.microbatch import Phase
 from megatron_dms.training.trainable import zero_borrowed_rows
-from tests.support.mcore_cases import (  # noqa: F401
+from tests.support.mcore_cases import (
     LAYERS,
+    ROWS,
     build,
     changed_rows,
     check_attention_and_gradients,
-    one_process,
 )
-from tests.unit.mcore.test_attention import ROWS
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 MERGE = {
     **{"method": "merge", "predictor": "key_channel", "window": 0, "importance_scale": 1.5},

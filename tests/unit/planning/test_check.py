@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from megatron_dms.planning.devices import DEVICES, Assumptions
 from megatron_dms.planning.job import RECIPES, Setting
 from megatron_dms.planning.models import preset
 from megatron_dms.planning.search import find_layouts
+from tests.support.tools import run_tool
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -111,17 +110,17 @@ def test_errors_by_hand() -> None:
 
 def test_check_prints_every_error() -> None:
     """Catches: a row that is left out, an error that is not printed."""
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = run_tool("plan", "check")
+    assert done.status == 0, done.error
+    found = json.loads(done.out.splitlines()[-1])
     assert len(found["compared"]) == 15 + 12 + 4 + 30
     for row in found["compared"]:
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(row["name"] + " ")
+        (line,) = [line for line in done.out.splitlines() if line.startswith(row["name"] + " ")
                    and f" {row['unit']} " in line]  # fmt: skip
         assert line.endswith(f"{row['error_percent']:+.1f} %")
         assert row["error_percent"] == pytest.approx(100 * (row["predicted"] / row["measured"] - 1))
     for row in found["training"]:
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"{row['name']}  ")]
+        (line,) = [line for line in done.out.splitlines() if line.startswith(f"{row['name']}  ")]
         for kind in ("roofline", "expected", "left_out"):
             assert f"{row[kind]['error_percent']:+.0f} %" in line
     page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")

@@ -18,7 +18,9 @@ from megatron_dms.planning.job import RECIPES, RECOMPUTE, Layout, Setting
 from megatron_dms.planning.memory import kept_by_layer, layer_tensors, peak_memory, stage_memory
 from megatron_dms.planning.models import ModelSize, preset
 from megatron_dms.training.trainable import freeze_all_but_predictor
-from tests.support.mcore_cases import one_process, transformer_config  # noqa: F401
+from tests.support.mcore_cases import transformer_config
+
+pytestmark = pytest.mark.usefixtures("one_process")
 
 # hidden 8, MLP 16, 4 query heads and 2 KV heads of 4: q 16, kv 8; 100 words are 128 rows, or 256 at TP 2
 MODEL = ModelSize("small", 4, 8, 16, 4, 2, 4, 100, 64)

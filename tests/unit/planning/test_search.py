@@ -1,8 +1,7 @@
 """Planning: every layout is tried, and the best one found; the command line, its JSON and its errors."""
 
 import json
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,8 +14,8 @@ from megatron_dms.planning.memory import stage_memory
 from megatron_dms.planning.models import ModelSize, preset
 from megatron_dms.planning.search import find_layouts, with_recompute
 from megatron_dms.planning.step_time import step_time
+from tests.support.tools import ROOT, run_python, run_tool
 
-ROOT = Path(__file__).resolve().parents[3]
 SMALL = ModelSize("small", 6, 32, 64, 8, 4, 4, 100, 64)
 DEVICE, ASSUMED = DEVICES["h100"], replace(Assumptions(), overhead=0.0)
 
@@ -101,20 +100,17 @@ def test_refusals() -> None:
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36] and divisors(1) == [1]
 
 
-def run(*words: str, timeout: int = 120) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-
-
-def answer(*words: str, timeout: int = 120) -> tuple[str, dict]:
+def answer(*words: str) -> tuple[str, dict]:
     """(stdout, its last line parsed)."""
-    done = run(*words, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+    done = run_tool("plan", *words)
+    assert done.status == 0, done.error
+    return done.out, json.loads(done.out.splitlines()[-1])
 
 
 def test_a_thousand_ranks_within_a_minute() -> None:
-    text, found = answer("train", "--model", "qwen-r1-32b", "--ranks", "1024", timeout=60)
+    begin = time.monotonic()
+    text, found = answer("train", "--model", "qwen-r1-32b", "--ranks", "1024")
+    assert time.monotonic() - begin < 60
     assert found["tried"] > 2000 and found["best"][0]["layout"]["ranks"] == 1024
     for used in ("989 TFLOP/s", "3.35 TB/s", "450 GB/s", "network 50 GB/s", "matmul 0.6", "slowdown"):
         assert used in text
@@ -196,10 +192,10 @@ def test_serve() -> None:
 )
 def test_bad_input(words: str, message: str) -> None:
     """One line of error, exit status 2, nothing on stdout."""
-    done = run(*words.split())
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and not done.stdout and len(errors) == 1 and message in errors[0]
-    assert done.stderr.splitlines()[-1] == errors[0] and "Traceback" not in done.stderr
+    done = run_tool("plan", *words.split())
+    errors = [line for line in done.errors if line.startswith("error: ")]
+    assert done.status == 2 and not done.out and len(errors) == 1 and message in errors[0]
+    assert done.errors[-1] == errors[0] and "Traceback" not in done.error
 
 
 def test_help_needs_no_torch() -> None:
@@ -208,10 +204,8 @@ def test_help_needs_no_torch() -> None:
         f"try: runpy.run_path({str(ROOT / 'tools' / 'plan.py')!r}, run_name='__main__')\n"
         "finally: assert not {'torch', 'numpy', 'megatron'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", code)
+    assert done.status == 0, done.error
 
 
 def test_a_folder(tmp_path: Path) -> None:
@@ -224,7 +218,7 @@ def test_a_folder(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     words = ("train", "--hf", str(tmp_path), "--context", "4096")
-    done = run(*words)
-    assert done.returncode == 2 and f"{tmp_path.name} is no preset: give --batch N" in done.stderr
+    done = run_tool("plan", *words)
+    assert done.status == 2 and f"{tmp_path.name} is no preset: give --batch N" in done.error
     _, found = answer(*words, "--batch", "64")
     assert found["model"]["parameters"] == 596_049_920 and found["model"]["qk_norm"]

@@ -1,15 +1,12 @@
 """tools/verify_resume.py on a run of one small process, which keeps its promise or breaks it in one way."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
-TOOL = ROOT / "tools" / "verify_resume.py"
+from tests.support.tools import ROOT, Done, run_tool
 
 # A launcher and its one rank: a number is added up, and every step is a checkpoint.
 RUN = """
@@ -19,7 +16,7 @@ if "RANK" not in os.environ:
 from argparse import Namespace
 from pathlib import Path
 import torch
-from megatron_dms.conversion import finished
+from megatron_dms.resilience import run_folder
 from megatron_dms.formats.checksums import digest, file_names
 from megatron_dms.formats.torch_dist import Chunk, Reader, write
 parser = argparse.ArgumentParser()
@@ -31,10 +28,10 @@ for flag in ("--train-iters", "--save-interval"):
 args = parser.parse_args()
 if args.fault == "fails":
     sys.exit(3)
-start, _ = finished.resume_point(args.load)
+start, _ = run_folder.resume_point(args.load)
 value = torch.zeros(3)
 if start and args.fault != "starts anew":
-    value = Reader(args.load / finished.iteration_name(start)).tensor("w")
+    value = Reader(args.load / run_folder.iteration_name(start)).tensor("w")
     print(f" resuming from iteration {start} of it", flush=True)
 elif start:
     start = 0
@@ -43,23 +40,22 @@ if start and args.fault == "differs":
     value[0] += 1e-6
 for step in range((start or 0) + 1, args.train_iters + 1):
     value += 1 / step
-    folder = finished.new_staging(args.save, clean=True) / finished.iteration_name(step)
+    folder = run_folder.new_staging(args.save, clean=True) / run_folder.iteration_name(step)
     folder.mkdir()
     write(folder, [Chunk("w", (3,), torch.float32, lambda: [value])], [], {"args": Namespace()})
     time.sleep(0.1)
-    finished.finish(folder, args.save, step, {name: digest(folder / name) for name in file_names(folder)})
+    run_folder.finish(folder, args.save, step, {name: digest(folder / name) for name in file_names(folder)})
     if args.fault == "loses" and step > 1:
-        shutil.rmtree(args.save / finished.iteration_name(step - 1))
+        shutil.rmtree(args.save / run_folder.iteration_name(step - 1))
     time.sleep(0.1)
 """
 
 
-def verify(tmp_path: Path, *words: str, fault: str = "none") -> subprocess.CompletedProcess[str]:
+def verify(tmp_path: Path, *words: str, fault: str = "none") -> Done:
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    command = [sys.executable, str(TOOL), *words, "--", sys.executable, str(script), "--fault", fault]
-    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=240)
+    command = (sys.executable, script, "--fault", fault)
+    return run_tool("verify_resume", *words, "--", *command, env={"PYTHONPATH": str(ROOT)})
 
 
 def flags(tmp_path: Path) -> list[str]:
@@ -81,9 +77,9 @@ def test_a_broken_promise_is_seen(tmp_path: Path, fault: str, message: str) -> N
     """Catches: a tool that finds every run good: kills that never happen, a run that starts anew each time,
     checkpoints that go, and a last bit that nobody looks at."""
     done = verify(tmp_path, *flags(tmp_path), fault=fault)
-    assert message in done.stderr, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == (0 if fault == "none" else 1) and found["equal"] == (fault == "none")
+    assert message in done.error, done.error
+    found = json.loads(done.out.splitlines()[-1])
+    assert done.status == (0 if fault == "none" else 1) and found["equal"] == (fault == "none")
     if fault in ("none", "differs"):
         assert found["kills"] == 2 and found["resumes"] >= 1 and found["leftovers"] == 0
 
@@ -100,6 +96,6 @@ def test_a_broken_promise_is_seen(tmp_path: Path, fault: str, message: str) -> N
 def test_bad_input(tmp_path: Path, words: str, message: str) -> None:
     """Catches: a mistake that is found after the first long run, or in a traceback."""
     done = verify(tmp_path, "--out", str(tmp_path / "out"), *words.split())
-    assert done.returncode == 2 and not (tmp_path / "out").exists()
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.status == 2 and not (tmp_path / "out").exists()
+    (line,) = (line for line in done.errors if line.startswith("error: "))
     assert message in line or "the following arguments are required" in line

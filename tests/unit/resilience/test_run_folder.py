@@ -3,45 +3,20 @@
 import errno
 import os
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_dms import files
 from megatron_dms.conversion import CheckpointError
 from megatron_dms.formats import checksums
-from megatron_dms.formats.checksums import MANIFEST, digest, file_names
+from megatron_dms.formats.checksums import MANIFEST
 from megatron_dms.formats.megatron_folder import TRACKER
-from megatron_dms.formats.torch_dist import Chunk, write
 from megatron_dms.resilience import run_folder
 from megatron_dms.resilience.resume_check import compare
 from megatron_dms.resilience.run_folder import finished_iterations, iteration_name, resume_point
 from megatron_dms.training.startup import _newest_readable
-
-DATA = "__0_0.distcp"
-
-
-def staged(save: Path, iteration: int, value: float = 0.5) -> Path:
-    """A checkpoint that was written beside its place and not yet read back."""
-    folder = run_folder.new_staging(save, clean=False) / iteration_name(iteration)
-    folder.mkdir()
-    tensor = torch.full((4, 3), value)
-    write(folder, [Chunk("w", (4, 3), torch.float32, lambda: [tensor])], [], {"args": Namespace()})
-    return folder
-
-
-def sums(folder: Path) -> dict[str, checksums.FileSum]:
-    return {name: digest(folder / name) for name in file_names(folder)}
-
-
-def save_one(save: Path, iteration: int, keep: int = 0, value: float = 0.5) -> None:
-    """All steps of a save, in their order."""
-    folder = staged(save, iteration, value)
-    run_folder.finish(folder, save, iteration, sums(folder))
-    run_folder.remove_old(save, keep, iteration, folder.parent)
-    shutil.rmtree(folder.parent)
+from tests.support.run_folders import DATA, save_one, staged, sums
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from megatron_dms.conversion import CheckpointError
 from megatron_dms.resilience import verified_saves
 from megatron_dms.resilience.run_folder import iteration_name
 from megatron_dms.resilience.watchdog import SAVE
-from tests.unit.resilience.test_run_folder import DATA, save_one
+from tests.support.run_folders import DATA, save_one
 
 
 class Phases:

@@ -4,17 +4,14 @@ Imports of Megatron take seconds, so most cases go through one process, which ca
 and collects each message."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_dms.training.startup import StartupError, check_dms_flags
+from tests.support.tools import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[3]
 VOCAB, POSITIONS, HEADS, GROUPS, LAYERS = 131, 64, 4, 2, 4  # of tests/parallel/retrofit.py
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -296,11 +293,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def environment() -> dict[str, str]:
-    """Without torchrun: a single process, which gets as far as the checks."""
-    ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in ranks}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# Without torchrun's variables, pretrain_dms.py is a single process, which gets as far as the checks.
+NO_RANKS = dict.fromkeys(
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+)
 
 
 @pytest.fixture(scope="module")
@@ -313,12 +309,9 @@ def messages(folders: Folders) -> dict:
     cases.write_text(
         json.dumps(words | {"good": good[:save] + good[save + 4 :]})
     )  # it would copy files there
-    command = [sys.executable, "-W", "ignore", "-c", COLLECT, str(cases)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(), cwd=folders.root, timeout=180, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    done = run_python("-W", "ignore", "-c", COLLECT, cases, cwd=folders.root, env=NO_RANKS, timeout=180)
+    assert done.status == 0, done.error[-3000:]
+    return json.loads(done.out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -368,26 +361,19 @@ def test_the_command_itself(flags: str, start: str, folders: Folders, tmp_path: 
     """The real entry script, before and after Megatron's import. Catches: a traceback, a second error line,
     exit status 0, a folder left behind."""
     words = folders.words(f"{flags} --save {tmp_path}/save")
-    command = [sys.executable, str(ROOT / "pretrain_dms.py"), *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(), cwd=folders.root, timeout=120, check=False
-    )
-    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert len(errors) == 1 and errors[0].startswith(f"pretrain_dms.py: error: {start}"), done.stderr[-2000:]
-    assert "Traceback" not in done.stdout + done.stderr
+    done = run_python(ROOT / "pretrain_dms.py", *words, cwd=folders.root, env=NO_RANKS)
+    errors = [line for line in done.errors if "error" in line.lower()]
+    assert done.status == 2, done.error[-2000:]
+    assert len(errors) == 1 and errors[0].startswith(f"pretrain_dms.py: error: {start}"), done.error[-2000:]
+    assert "Traceback" not in done.out + done.error
     assert not (tmp_path / "save").exists()
 
 
 def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
     """Catches: the same line from each of a thousand ranks."""
     script = "import pretrain_dms; pretrain_dms.SILENT_RANKS_WAIT = 0; pretrain_dms.main()"
-    command = [sys.executable, "-c", script, "--dms-window", "-1"]
-    ranks = {"RANK": "1", "LOCAL_RANK": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment() | ranks, timeout=120, check=False
-    )
-    assert done.returncode == 2 and done.stderr == "" and done.stdout == ""
+    done = run_python("-c", script, "--dms-window", "-1", env=NO_RANKS | {"RANK": "1", "LOCAL_RANK": "1"})
+    assert done.status == 2 and done.error == "" and done.out == ""
 
 
 def test_every_refused_name_is_megatrons(messages: dict) -> None:

@@ -1,0 +1,65 @@
+"""Tiny random models with DMS, as an export has them, and the settings that tests go through."""
+
+import itertools
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
+
+LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 16, 64
+WINDOWS_AND_LAGS = [(0, 0), (0, 1), (3, 0), (3, 1), (3, 3), (7, 0), (7, 1), (7, 7)]
+SETTINGS = list(
+    itertools.product(("query_channel", "linear", "key_channel"), ("head", "layer"), WINDOWS_AND_LAGS)
+)
+
+
+def tiny_config(
+    family: str, predictor="query_channel", granularity="head", window=3, lag=1, offset=-0.5, **changes
+):
+    """GQA, head size 16, three layers; scale and offset such that a good half of the pairs is evicted."""
+    entries = config_entries(family, predictor, granularity, window, lag, 1.0, offset, 0.1, 4.0)
+    family_changes = {"mistral": {"sliding_window": None}}.get(family, {})
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": QUERY_HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_SIZE,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return CONFIG_MAPPING[family](**(sizes | family_changes | entries | changes))
+
+
+def tiny_model(family: str = "qwen3", seed: int = 0, **settings):
+    """A random model in fp32 whose attention is far from uniform and whose norms are not 1."""
+    config = tiny_config(family, **settings)
+    model = getattr(modeling_dms, MODEL_CLASSES[family])(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 or name.endswith("bias"):
+                parameter.normal_(0.0, 0.3, generator=generator)
+            else:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def random_tokens(batch: int, length: int, seed: int = 1) -> Tensor:
+    """[batch, length], never the padding id 0."""
+    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+FAMILIES_AND_SETTINGS = [
+    *itertools.product(("qwen3", "llama"), SETTINGS),
+    # what sets these apart is in their base models: one setting of each predictor shows it
+    *itertools.product(
+        ("mistral", "qwen2"), [setting for setting in SETTINGS if setting[1:] == ("head", (3, 1))]
+    ),
+]

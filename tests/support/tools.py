@@ -1,0 +1,184 @@
+"""Run a tool of this package, in this process or in one of its own.
+
+    done = run_tool("convert", "import", "--hf", source, "--megatron", target)
+    assert done.status == 0, done.errors
+
+In this process a run costs nothing but its work, as torch, transformers and Megatron are imported already.
+Whatever a tool changes in the process is put back. `process=True` starts an interpreter instead. It is for
+tests whose point is the process: a kill, stdin, or what an import brings in.
+"""
+
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+ROOT = Path(__file__).resolve().parents[2]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Done(NamedTuple):
+    """How a tool ended."""
+
+    status: int
+    out: str
+    error: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of stderr."""
+        return self.error.splitlines()
+
+
+def script_of(name: str) -> Path:
+    """The file of a tool; a name with a slash is a script's path from the root of the repository."""
+    return ROOT / (name if "/" in name else f"tools/{name}.py")
+
+
+def run_tool(
+    name: str,
+    *words: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+    process: bool = False,
+    timeout: float = 120,
+) -> Done:
+    """Run a tool to its end, and return its exit status and what it printed.
+
+    Args:
+        name: The tool, such as "convert"; or a script that has a `main()`, such as "examples/openr1.py".
+        words: The command line, each word turned into text.
+        cwd: The folder to run in (default: the one of this process).
+        env: Environment variables to set in addition to those of this process; None removes one.
+        process: Start an interpreter, instead of calling the tool's main here.
+        timeout: Seconds that an interpreter may take. A call in this process has no limit.
+
+    An exception that the tool lets through is raised here, unless it ran in a process of its own.
+    """
+    if process:
+        return run_python(script_of(name), *words, cwd=cwd, env=env, timeout=timeout)
+    with ExitStack() as undo:
+        undo.enter_context(_process_state())
+        out, error = undo.enter_context(_captured())
+        sys.argv = [str(script_of(name)), *map(str, words)]
+        environment = _changed(os.environ, env)
+        os.environ.clear()
+        os.environ.update(environment)
+        if cwd is not None:
+            os.chdir(cwd)
+        try:
+            status = _exit_status(_main_of(name)())
+        except SystemExit as stop:
+            status = _exit_status(stop.code)
+        return Done(status, _written(out), _written(error))
+
+
+def run_python(
+    *words: object, cwd: Path | None = None, env: Mapping[str, str | None] | None = None, timeout: float = 120
+) -> Done:
+    """Run `python *words` to its end, with the package importable and `env` set in addition."""
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
+    environment = _changed({**os.environ, "PYTHONPATH": path}, env)
+    command = [sys.executable, *map(str, words)]
+    ended = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Done(ended.returncode, ended.stdout, ended.stderr)
+
+
+def _changed(environment: Mapping[str, str], changes: Mapping[str, str | None] | None) -> dict[str, str]:
+    """Return the environment with some variables set, and with those that are None left out."""
+    return {name: value for name, value in {**environment, **(changes or {})}.items() if value is not None}
+
+
+def _main_of(name: str) -> Callable[[], object]:
+    """The main() of a tool; the module is made anew for each call, as an interpreter would."""
+    spec = importlib.util.spec_from_file_location(f"{script_of(name).stem}_tool", script_of(name))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def _exit_status(code: object) -> int:
+    """The exit status that the interpreter makes of `sys.exit(code)`."""
+    if isinstance(code, int):
+        return int(code)
+    if code is not None:
+        print(code, file=sys.stderr)
+    return int(code is not None)
+
+
+@contextmanager
+def _captured() -> Iterator[tuple[TextIO, TextIO]]:
+    """Files that take stdout and stderr, also what C code and child processes write."""
+    with ExitStack() as undo:
+        files = []
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            getattr(sys, name).flush()
+            file = undo.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", buffering=1))
+            kept = os.dup(number)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, number)
+            os.dup2(file.fileno(), number)
+            undo.callback(setattr, sys, name, getattr(sys, name))
+            setattr(sys, name, file)
+            files.append(file)
+        yield files[0], files[1]
+
+
+def _written(file: TextIO) -> str:
+    file.flush()
+    file.seek(0)
+    return file.read()
+
+
+@contextmanager
+def _process_state() -> Iterator[None]:
+    """Put back what a tool may change in the process, torch's settings included."""
+    root_logger = logging.getLogger()
+    argv, path, folder, environment = sys.argv, sys.path[:], Path.cwd(), dict(os.environ)
+    level, handlers, disabled = root_logger.level, root_logger.handlers[:], root_logger.manager.disable
+    actions = {number: signal.getsignal(number) for number in _SIGNALS}
+    with ExitStack() as undo:
+        undo.enter_context(warnings.catch_warnings())
+        undo.enter_context(_torch_state())
+        try:
+            yield
+        finally:
+            sys.argv, sys.path[:] = argv, path
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+            root_logger.setLevel(level)
+            root_logger.handlers[:] = handlers
+            logging.disable(disabled)
+            for number, action in actions.items():
+                signal.signal(number, action)
+
+
+@contextmanager
+def _torch_state() -> Iterator[None]:
+    """Put back torch's threads, default type, random state and gradients, if torch is imported."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    threads, dtype, random = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state()
+    gradients, exact = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(random)
+        torch.set_grad_enabled(gradients)
+        torch.use_deterministic_algorithms(exact)
