@@ -4,9 +4,9 @@ VENV ?= .venv
 PYTHON ?=
 PY = $(VENV)/bin/python
 STAMP = $(VENV)/.megatron_dms_installed
-# Another transformers, before which the environment's gives way, and the tests that exported models and the
-# baselines beside them have in both
-# (but for lm-evaluation-harness: the pinned datasets need a huggingface_hub that this transformers refuses).
+# A second transformers, which comes before the environment's on the path, and the tests that run with both: those of
+# exported models and of the baselines beside them. The test of lm-evaluation-harness runs with the first only, because
+# the pinned datasets need a huggingface_hub that the second transformers refuses.
 TRANSFORMERS_4 = build/transformers-4
 TRANSFORMERS_4_PINS = tests/transformers-4.txt
 TRANSFORMERS_4_TESTS = tests/unit/hf \
@@ -16,12 +16,20 @@ TRANSFORMERS_4_TESTS = tests/unit/hf \
 	tests/unit/conversion/test_dms_formats.py::test_an_export_in_both_config_formats_runs
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-transformers-4 demo site lint format clean
+# Processes that share the unit tests; each file's tests stay in one of them.
+WORKERS ?= 2
+UNIT = "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
+
+.PHONY: help install test test-fast test-unit test-ranks test-transformers-4 demo site lint format clean
 
 help:
 	@echo "make install  make the environment in $(VENV)/ (elsewhere: VENV=DIR) from constraints.txt; about 5 GB"
-	@echo "make test     ruff, then the whole test suite, then that of exported models on transformers 4.57"
-	@echo "make test-transformers-4   the latter alone; it puts 130 MB into build/"
+	@echo "make test     everything: lint, test-unit, test-ranks and test-transformers-4 (WORKERS=2 processes)"
+	@echo "make test-fast             what to run while working: test-unit without the tests marked slow, which start"
+	@echo "                           processes, compile kernels, run benchmarks or evaluate whole models"
+	@echo "make test-unit             tests/unit"
+	@echo "make test-ranks            every other test: several ranks, the demo, a GPU where there is one"
+	@echo "make test-transformers-4   the tests of exported models on transformers 4.57; puts 130 MB into build/"
 	@echo "make demo     retrofit the tiny reasoner on four CPU ranks and compare; results in out/demo/"
 	@echo "make lint     ruff check and ruff format --check"
 	@echo "make site     the documentation as a site in build/site/, warnings are errors"
@@ -41,12 +49,22 @@ $(STAMP): setup.py constraints.txt
 	touch "$@"
 
 test: lint
-	"$(PY)" -m pytest -q --durations=15
+	$(MAKE) test-unit
+	$(MAKE) test-ranks
 	$(MAKE) test-transformers-4
+
+test-fast: install
+	$(UNIT) -m "not slow" tests/unit
+
+test-unit: install
+	$(UNIT) --durations=20 tests/unit
+
+test-ranks: install
+	"$(PY)" -m pytest -q --durations=15 --ignore=tests/unit tests
 
 test-transformers-4: install $(TRANSFORMERS_4)/.installed
 	PYTHONPATH="$(CURDIR)/$(TRANSFORMERS_4)" TRANSFORMERS_PINS=$(TRANSFORMERS_4_PINS) \
-		"$(PY)" -m pytest -q --durations=5 $(TRANSFORMERS_4_TESTS)
+		$(UNIT) --durations=5 $(TRANSFORMERS_4_TESTS)
 
 $(TRANSFORMERS_4)/.installed: $(TRANSFORMERS_4_PINS) | install
 	rm -rf "$(@D)"

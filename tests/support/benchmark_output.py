@@ -6,7 +6,7 @@ import pytest
 
 
 def rows_of(out: str, columns: int) -> list[dict]:
-    """The JSON lines, as many as the table has rows; NaN and Infinity are no JSON."""
+    """Parse the JSON lines, and check that the table has as many rows; NaN and Infinity are no JSON."""
     lines = out.splitlines()
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines if line.startswith("{")]
     assert len(lines) == 2 + 2 * len(rows)

@@ -26,20 +26,22 @@ DMS = {
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file below a folder, by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of all safetensors files of a folder."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def join(row: Row, parts: list[torch.Tensor]) -> torch.Tensor:
-    """The Megatron tensor of a row, from its definition."""
+    """Put a row's HF tensors together to its Megatron tensor, from the definition of a row."""
     return torch.cat([parts[part][start:stop] for part, start, stop in row.segments()])
 
 
 def rewrite(megatron: Path, change: dict[str, torch.Tensor], args: dict, iteration: int) -> None:
-    """A second iteration as training would save it: the first with some tensors and arguments changed."""
+    """Write a further iteration as training would save it, with some tensors and arguments changed."""
     reader = Reader(iteration_folder(megatron))
     tensors = {**{key: reader.tensor(key) for key in reader.tensors}, **change}
     chunks = [Chunk(key, tuple(t.shape), t.dtype, lambda t=t: [t]) for key, t in tensors.items()]
@@ -52,7 +54,7 @@ def rewrite(megatron: Path, change: dict[str, torch.Tensor], args: dict, iterati
 
 
 def edit_metadata(folder: Path, change: Callable[[object], object]) -> None:
-    """`.metadata` of a release or iter_... folder."""
+    """Change the `.metadata` of a release or iter_... folder."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))

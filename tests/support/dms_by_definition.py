@@ -1,18 +1,22 @@
 """A second implementation of DMS, written from its definition, in fp64.
 
 `reference` shares nothing with the package or with transformers' attention: projections, RoPE, decisions, the
-mask (as loops over pairs) and the MLP are spelled out, so that an error has to be made twice to go unseen."""
+mask (as loops over pairs) and the MLP are spelled out, so that an error has to be made twice to go unseen.
+"""
 
 import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.support.tiny_dms_models import HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS
 
 
 class Reference(NamedTuple):
+    """What the definition gives for one sequence."""
+
     logits: Tensor
     """[T, vocab] fp64."""
     decision: Tensor
@@ -22,19 +26,19 @@ class Reference(NamedTuple):
 
 
 def is_gone(decision_T: list[bool], key: int, query: int, window: int, lag: int) -> bool:
-    """Whether `query` no longer sees `key` (DMS paper, section 3.2): too old, and decided to be evicted."""
+    """Say whether `query` no longer sees `key`: too old, and evicted (DMS paper, section 3.2)."""
     return query - key > window and decision_T[key + lag]
 
 
 def held_pairs(decision_T: list[bool], tokens: int, window: int, lag: int) -> int:
-    """Pairs one head holds once `tokens` are in: in the window, or not marked, or not decided yet."""
+    """Count the pairs that a head holds after `tokens`: in the window, not marked, or not decided yet."""
     last = tokens - 1
     return sum(last - k <= window or k + lag > last or not decision_T[k + lag] for k in range(tokens))
 
 
 @torch.no_grad()
-def reference(model, ids_T: Tensor) -> Reference:
-    """One sequence through the whole model, in fp64."""
+def reference(model: PreTrainedModel, ids_T: Tensor) -> Reference:
+    """Run one sequence through the whole model, in fp64."""
     config, weights = model.config, {name: w.double() for name, w in model.state_dict().items()}
     T, group = len(ids_T), QUERY_HEADS // KV_HEADS
     x = weights["model.embed_tokens.weight"][ids_T]

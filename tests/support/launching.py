@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.tools import ROOT
+
 FAKES = ROOT / "tests" / "fake_slurm"
 SBATCH, TORCHRUN = ROOT / "launch" / "retrofit.sbatch", ROOT / "launch" / "torchrun.sh"
 NEEDED = {"NODES": "1", "GPUS_PER_NODE": "2"}

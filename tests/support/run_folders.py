@@ -16,7 +16,7 @@ DATA = "__0_0.distcp"
 
 
 def staged(save: Path, iteration: int, value: float = 0.5) -> Path:
-    """A checkpoint that was written beside its place and not yet read back."""
+    """Write a checkpoint beside its place; it has not been read back yet."""
     folder = run_folder.new_staging(save, clean=False) / iteration_name(iteration)
     folder.mkdir()
     tensor = torch.full((4, 3), value)
@@ -25,11 +25,12 @@ def staged(save: Path, iteration: int, value: float = 0.5) -> Path:
 
 
 def sums(folder: Path) -> dict[str, checksums.FileSum]:
+    """Return the checksums of the files of a checkpoint."""
     return {name: digest(folder / name) for name in file_names(folder)}
 
 
 def save_one(save: Path, iteration: int, keep: int = 0, value: float = 0.5) -> None:
-    """All steps of a save, in their order."""
+    """Go through all steps of a save, in their order."""
     folder = staged(save, iteration, value)
     run_folder.finish(folder, save, iteration, sums(folder))
     run_folder.remove_old(save, keep, iteration, folder.parent)

@@ -1,10 +1,10 @@
-"""Tiny random models with DMS, as an export has them, and the settings that tests go through."""
+"""Tiny random models with DMS, as an export loads them, and the settings that tests go through."""
 
 import itertools
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
 
@@ -16,9 +16,18 @@ SETTINGS = list(
 
 
 def tiny_config(
-    family: str, predictor="query_channel", granularity="head", window=3, lag=1, offset=-0.5, **changes
-):
-    """GQA, head size 16, three layers; scale and offset such that a good half of the pairs is evicted."""
+    family: str,
+    predictor: str = "query_channel",
+    granularity: str = "head",
+    window: int = 3,
+    lag: int = 1,
+    offset: float = -0.5,
+    **changes: object,
+) -> PretrainedConfig:
+    """Return the config of a model with GQA, head size 16 and three layers.
+
+    Its scale and offset let a good half of the pairs be evicted.
+    """
     entries = config_entries(family, predictor, granularity, window, lag, 1.0, offset, 0.1, 4.0)
     family_changes = {"mistral": {"sliding_window": None}}.get(family, {})
     sizes = {
@@ -37,8 +46,8 @@ def tiny_config(
     return CONFIG_MAPPING[family](**(sizes | family_changes | entries | changes))
 
 
-def tiny_model(family: str = "qwen3", seed: int = 0, **settings):
-    """A random model in fp32 whose attention is far from uniform and whose norms are not 1."""
+def tiny_model(family: str = "qwen3", seed: int = 0, **settings: object) -> PreTrainedModel:
+    """Return a random model in fp32 whose attention is far from uniform and whose norms are not 1."""
     config = tiny_config(family, **settings)
     model = getattr(modeling_dms, MODEL_CLASSES[family])(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +61,7 @@ def tiny_model(family: str = "qwen3", seed: int = 0, **settings):
 
 
 def random_tokens(batch: int, length: int, seed: int = 1) -> Tensor:
-    """[batch, length], never the padding id 0."""
+    """Return token ids [batch, length]; none of them is the padding id 0."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 

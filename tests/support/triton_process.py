@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.tools import ROOT
 
 
 def run(script: Path, *words: str, out: Path, **settings: str) -> Path:

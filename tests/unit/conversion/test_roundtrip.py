@@ -17,9 +17,7 @@ from megatron_dms.conversion.transforms import FusedQKV, Vocabulary
 from megatron_dms.formats.torch_dist import Reader
 from tests.support.checkpoint_edits import DMS, files_of, join, rewrite, tensors_of
 from tests.support.hf_checkpoints import MAKERS, SHAPE, VOCAB, edit_config, make_llama, make_qwen3, save
-from tests.support.tools import run_tool
-
-ROOT = Path(__file__).parents[3]
+from tests.support.tools import ROOT, run_tool
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

@@ -22,7 +22,6 @@ from megatron_dms.conversion.hf_folder import HFFolder
 from tests.support.hf_checkpoints import make_llama, make_qwen3
 from tests.support.tools import run_python, script_of
 
-TOOL = Path(__file__).parents[3] / "tools" / "convert.py"
 KILLS = 24  # of each conversion
 
 

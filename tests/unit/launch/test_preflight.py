@@ -12,8 +12,8 @@ import pytest
 
 from megatron_dms.launch import node_checks
 from megatron_dms.launch.node_report import CHECKS, Finding, NodeReport, compare, failures, table
+from tests.support.tools import run_tool, script_of
 
-PREFLIGHT = Path(__file__).resolve().parents[3] / "tools" / "preflight.py"
 HOSTS = "localhost,127.0.0.1"
 FIRST, SECOND = "node 0 (localhost)", "node 1 (127.0.0.1)"
 
@@ -40,7 +40,7 @@ def write_data(prefix: Path) -> None:
 
 
 def start_node(rank: int, port: int, training: list[str], timeout: int = 60) -> subprocess.Popen:
-    command = [sys.executable, str(PREFLIGHT), "--hosts", HOSTS, "--node-rank", str(rank)]
+    command = [sys.executable, str(script_of("preflight")), "--hosts", HOSTS, "--node-rank", str(rank)]
     command += ["--gpus-per-node", "1", "--device", "cpu", "--port", str(port), "--min-free-gb", "0.001"]
     command += ["--timeout", str(timeout), "--", *training]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -110,9 +110,8 @@ def test_a_taken_port_is_named(training: list[str]) -> None:
     ],
 )
 def test_bad_input_is_one_line(words: list[str], said: str) -> None:
-    command = [sys.executable, str(PREFLIGHT), "--hosts", "a,b", "--gpus-per-node", "1"]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr
+    done = run_tool("preflight", "--hosts", "a,b", "--gpus-per-node", 1, *words)
+    assert done.status == 2 and len(done.errors) == 1 and said in done.error
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +12,7 @@ from megatron_dms.planning.devices import DEVICES, Assumptions
 from megatron_dms.planning.job import RECIPES, Setting
 from megatron_dms.planning.models import preset
 from megatron_dms.planning.search import find_layouts
-from tests.support.tools import run_tool
-
-ROOT = Path(__file__).resolve().parents[3]
+from tests.support.tools import ROOT, run_tool
 
 
 def rows_after(text: str, heading: str) -> list[list[str]]:
