@@ -48,7 +48,8 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny reasoner's base as a DMS model that evicts: its query channel was never taught to."""
+    """Return the tiny reasoner's base as a DMS model. It evicts, because its query channel was never
+    trained."""
     from megatron_dms.conversion import export_hf, import_hf
     from tests.support.checkpoint_edits import rewrite
 
@@ -132,7 +133,8 @@ def test_lm_evaluation_harness(exported: Path, loaded: tuple, tmp_path: Path) ->
 
 
 def without_blanks(text: str) -> str:
-    """A pipeline, a streamer and `decode` set them differently, in transformers 4.57 before "?", too."""
+    """Remove blanks: a pipeline, a streamer and `decode` set them differently, and so does transformers
+    4.57 before "?"."""
     return "".join(text.split())
 
 

@@ -1,5 +1,7 @@
-"""Training attention on CUDA against the dense reference in fp64 on the CPU: the table of the CPU tests, and
-what only a GPU can show."""
+"""Training attention on CUDA against the dense reference in fp64 on the CPU.
+
+The cases are those of the CPU tests, and a few that only a GPU can show.
+"""
 
 from dataclasses import replace
 
@@ -66,7 +68,7 @@ def test_flex(case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["triton", "flash"])
 def test_nothing_waits_for_the_device(name: str) -> None:
-    """Forward and backward. Catches: a .item(), a mask used as an index, a copy to the host."""
+    """Runs forward and backward. Catches: a .item(), a mask used as an index, a copy to the host."""
     case = replace(CASES[0], dtype=BF16)
     inputs = make_inputs(case, DEVICE)
     results(attention_backend(name), case, *inputs)  # compiles
@@ -79,8 +81,8 @@ def test_nothing_waits_for_the_device(name: str) -> None:
 
 
 def test_long_context() -> None:
-    """32K tokens at CR 8: finite, and flash's numbers. Catches: sums in half precision over long rows,
-    survivors beyond the first thousands, a launch grid or an index that is too small."""
+    """32K tokens at CR 8 give finite numbers, and those of flash. Catches: sums in half precision over
+    long rows, survivors beyond the first thousands, a launch grid or an index that is too small."""
     q, k, v, log_keep, grad = make_inputs(LONG, DEVICE)
     shape = Shape(LONG.B, LONG.H, LONG.G, LONG.D, LONG.window)
     (log_keep,) = drawn(8, shape, LONG.T, log_keep.device).layers
@@ -91,8 +93,8 @@ def test_long_context() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """Queries of more than 2**31 numbers. Catches: offsets in 32 bits, by comparing the last sample with
-    itself alone."""
+    """The queries have more than 2**31 numbers; the last sample is compared with itself alone. Catches:
+    offsets in 32 bits."""
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("less than 40 GiB of GPU memory free")
     many = Case("many", B=33, H=128, G=1, T=4096, D=128, window=64, dtype=BF16)

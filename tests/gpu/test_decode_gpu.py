@@ -1,4 +1,4 @@
-"""Decode steps captured in a CUDA graph, against plain ones; what needs no GPU is in test_hf_graph.py."""
+"""Decode steps captured in a CUDA graph, against plain steps. Tests that need no GPU are in test_graph.py."""
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ STEPS, PROMPT = 200, 21
 
 
 def prompted(attend_with, dtype):
-    """A model on the GPU, a cache with two prompts, one of them padded on the left, and the next tokens."""
+    """Return a model on the GPU, a cache with two prompts (one of them padded on the left), and the next
+    tokens."""
     model = tiny_model("llama", predictor="linear", head_dim=64, max_position_embeddings=512)
     model = model.to("cuda", dtype)
     model.page_attention = attend_with

@@ -1,4 +1,4 @@
-"""The distillation losses on CUDA: their Triton rows on the table of the CPU test, and memory and waiting."""
+"""The distillation losses on CUDA: their Triton rows on the cases of the CPU test, memory, and waiting."""
 
 from collections.abc import Callable
 
@@ -51,8 +51,8 @@ def test_kl(case: Case, direction: str) -> None:
 @pytest.mark.parametrize("dtype", [FP32, FP64])
 @pytest.mark.parametrize("direction", PLAIN)
 def test_fused_projection(direction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, the last one not full. Catches: products in TF32, a chunk's rows with another's
-    strides."""
+    """The projection runs in several chunks; the last one is not full. Catches: products in TF32, a
+    chunk's rows with another chunk's strides."""
     monkeypatch.setattr(linear_kl_module, "MIN_CHUNK", 5)
     hidden, weight, *rest = (x.to(DEVICE, dtype) for x in projections())
     hidden.requires_grad_(), weight.requires_grad_()
@@ -71,7 +71,7 @@ def test_fused_projection(direction: str, dtype: torch.dtype, monkeypatch: pytes
 
 
 def large(tokens: int, direction: str) -> Callable[[], Tensor]:
-    """Forward and backward from bf16 logits of a real vocabulary; -> the gradient."""
+    """Run forward and backward from bf16 logits of a real vocabulary, and return the gradient."""
     case = Case("large", dtype=BF16, shape=(tokens,), width=VOCABULARY, columns=VOCABULARY)
     student, teacher, weights = make_logits(case, DEVICE)
     student.requires_grad_()
@@ -85,7 +85,8 @@ def large(tokens: int, direction: str) -> Callable[[], Tensor]:
 
 @pytest.mark.parametrize("direction", PLAIN)
 def test_memory_beyond_the_logits(direction: str) -> None:
-    """A thousandth of one tensor of logits. Catches: a copy of the logits, in whatever type."""
+    """The loss takes a thousandth of the memory of one tensor of logits. Catches: a copy of the logits, in
+    whatever type."""
     tokens = 512
     run = large(tokens, direction)
     run()  # compiles

@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention on CUDA: the table of the CPU test, and what only a GPU can show."""
+"""The Triton kernels of paged attention on CUDA: the cases of the CPU test, and what only a GPU can show."""
 
 import pytest
 import torch
@@ -35,10 +35,8 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_cuda_graph_replays_with_other_pages() -> None:
-    """Captured once, then replayed after queries, pairs, owners and fills have changed in place.
-
-    Catches: page bounds found on the host, which a graph would keep as they were at capture.
-    """
+    """The graph is captured once, then replayed after queries, pairs, owners and fills have changed in
+    place. Catches: page bounds found on the host, which a graph would keep as they were at capture."""
     case = Case("graph", R=4, D=128, dtype=torch.bfloat16)
     inputs = make_inputs(case, "cuda")
     side = torch.cuda.Stream()
@@ -61,7 +59,7 @@ def test_cuda_graph_replays_with_other_pages() -> None:
 
 
 def test_offsets_beyond_32_bits() -> None:
-    """A pool of more than 2**31 numbers, the last page in use. Catches: page offsets in 32 bits."""
+    """The pool has more than 2**31 numbers, and its last page is in use. Catches: page offsets in 32 bits."""
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("less than 6 GiB of GPU memory free")
     P, S, D = 2**15 + 2, 256, 256
@@ -78,7 +76,8 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_tensors_on_another_than_the_current_device() -> None:
-    """A model may be spread over devices. Catches: a launch on the current device."""
+    """A model may be spread over devices. Catches: a launch on the current device instead of the tensors'
+    own."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device only")
     inputs: PageInputs = make_inputs(CASES[0], "cuda:1")

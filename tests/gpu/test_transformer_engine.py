@@ -1,4 +1,4 @@
-"""Transformer Engine's layers against the local ones: the same spec, the same checkpoint, the same losses."""
+"""Transformer Engine's layers against the local ones: the same spec and checkpoint give the same losses."""
 
 from importlib.util import find_spec
 
@@ -57,8 +57,8 @@ def test_same_losses_in_bf16(predictor: str, workspace: Workspace) -> None:
 
 
 def test_same_losses_in_fp32(workspace: Workspace) -> None:
-    """The first step, before decisions and Adam drift apart; products may be TF32 (2^-11). Catches what the
-    roundings of bf16 could hide."""
+    """Compares the first step, before decisions and Adam drift apart; products may be TF32 (2^-11).
+    Catches what the roundings of bf16 could hide."""
     ours = run(workspace, "local", "query_channel", ())
     theirs = run(workspace, "transformer_engine", "query_channel", ())
     for name in ("loss", "KL", "grad-norm"):

@@ -1,7 +1,7 @@
-"""Cases, inputs and fp64 references of training attention; shared by the CPU and the GPU tests.
+"""Cases, inputs and fp64 references of training attention, for the CPU and the GPU tests.
 
-Tolerances are relative to the largest number of each reference tensor (of one that is small because its terms
-cancel: to a tenth of the largest of all).
+A tolerance is relative to the largest number of the reference tensor. If that number is small because its
+terms cancel, the tolerance is relative to a tenth of the largest number of all reference tensors.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ CASES = [
 def make_inputs(
     case: Case, device: str = "cpu", seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, log_keep (leaves that want gradients) and the gradient of the output."""
+    """Return q, k, v and log_keep (leaves that want gradients), and the gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(heads: int, channels: int) -> Tensor:
@@ -120,20 +120,20 @@ def make_inputs(
 
 
 def results(attend, case: Case, *inputs: Tensor, **options: object) -> dict[str, Tensor]:
-    """Output and gradients of one back-end."""
+    """Return the output and the gradients of one back-end."""
     *parts, grad = inputs
     out = attend(*parts, case.window, **options)
     return dict(zip(PARTS, (out.detach(), *torch.autograd.grad(out, parts, grad)), strict=True))
 
 
 def expected(case: Case, *inputs: Tensor) -> dict[str, Tensor]:
-    """The dense reference in fp64, on CPU."""
+    """Return the output and the gradients of the dense reference, in fp64 on the CPU."""
     exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
     return results(dms_attention, case, *exact)
 
 
 def compare(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
-    """Assert that all parts agree; returns the largest relative differences."""
+    """Assert that all parts agree; return the largest relative differences."""
     differences = {}
     overall = max(part.abs().max().item() for part in wanted.values())
     tolerance = RELATIVE[case.dtype] * (2 if case.peak else 1)  # a score of 60 has a rounding of 60

@@ -25,7 +25,7 @@ TWICE = "plain"
 
 
 def interpret(out: Path) -> None:
-    """Output and gradients of each case."""
+    """Save the output and the gradients of each case."""
     hide_nothing()
     found = {case.name: results(attention.triton_attention, case, *make_inputs(case)) for case in CASES}
     case = next(case for case in CASES if case.name == TWICE)
@@ -37,7 +37,7 @@ def interpret(out: Path) -> None:
 
 
 def compile_all(out: Path) -> None:
-    """All kernels, the three large ones in every variant."""
+    """Compile all kernels, the three large ones in every variant."""
     integers = ("order_ptr", "position_ptr", "before_ptr", "T", "window", "rows", "columns", "width")
     integers = dict.fromkeys(integers, "i32")
     numbers = dict.fromkeys(("scale", "natural_scale", "log2_e", "factor"), "fp32")

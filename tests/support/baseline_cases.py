@@ -1,8 +1,9 @@
-"""Plain models for the tests of the baselines, and the methods once more, from their papers, in fp64.
+"""Plain models for the tests of the baselines, and the baselines' methods written a second time from their
+papers.
 
-`reference` shares nothing with the package: the whole decoder is spelled out, each KV head's pairs are a
-Python list of positions, and the methods drop in the papers' order (after a query has read) rather than in
-the package's (before the next pair is written).
+`reference` runs in fp64 and shares nothing with the package: the whole decoder is spelled out, and the
+pairs of a KV head are a Python list of positions. The methods drop pairs in the order of the papers, after
+a query has read. The package drops them before the next pair is written.
 """
 
 import math
@@ -18,7 +19,7 @@ GROUP = QUERY_HEADS // KV_HEADS
 
 
 def save_plain(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
-    """A random checkpoint whose attention is far from uniform and whose norms are not 1."""
+    """Save a random checkpoint whose attention is far from uniform and whose norms are not 1."""
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 24,
@@ -49,12 +50,12 @@ def save_plain(folder: Path, family: str = "qwen3", seed: int = 0, **changes) ->
 
 
 def random_tokens(batch: int, length: int, seed: int = 1) -> Tensor:
-    """[batch, length], never the padding id 0."""
+    """Return token ids [batch, length]; none of them is the padding id 0."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def left_padded(*prompts: Tensor) -> dict[str, Tensor]:
-    """input_ids and attention_mask of prompts [T_i]."""
+    """Return input_ids and attention_mask of prompts [T_i]."""
     width = max(map(len, prompts))
     pad = [torch.nn.functional.pad(p, (width - len(p), 0)) for p in prompts]
     mask = [torch.nn.functional.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]
@@ -77,7 +78,7 @@ def budget(tokens: int, cr: float) -> int:
 
 @torch.no_grad()
 def reference(model, ids_T: Tensor, prompt: int, new: int, method: str, cr: float) -> Reference:
-    """One sequence: `prompt` tokens of it are the prompt, and `new` may follow them."""
+    """Run one sequence whose first `prompt` tokens are the prompt; `new` tokens may follow them."""
     config, weights = model.config, {name: w.double() for name, w in model.state_dict().items()}
     T, half, k = len(ids_T), HEAD_SIZE // 2, budget(prompt + new, cr)
     rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
@@ -117,7 +118,10 @@ def reference(model, ids_T: Tensor, prompt: int, new: int, method: str, cr: floa
 
 
 def attend(q, key, value, prompt, k, method, cr, reads) -> tuple[Tensor, float]:
-    """q [H, T, D], key and value [G, T, D]; fills reads [G, T]. One query after the other."""
+    """Attend with one query after the other, and fill reads [G, T].
+
+    q is [H, T, D]; key and value are [G, T, D].
+    """
     H, T, D = q.shape
     out, margin = torch.zeros_like(q), math.inf
     held = [[] for _ in range(KV_HEADS)]
@@ -160,7 +164,7 @@ def attend(q, key, value, prompt, k, method, cr, reads) -> tuple[Tensor, float]:
 
 
 def quest_pages(q_RD: Tensor, key_JD: Tensor, size: int, wanted: int) -> tuple[list[int], int, float]:
-    """(positions to read, reads, gap between the last page chosen and the next one)."""
+    """Return the positions to read, the reads, and the gap between the last page chosen and the next one."""
     J = len(key_JD)
     pages = [list(range(start, min(start + size, J))) for start in range(0, J, size)]
     bound = torch.zeros(len(q_RD), len(pages)).double()

@@ -14,7 +14,7 @@ RUNS = ["--methods", "vanilla,tova,dms", "--budgets", "2-12-1,1-12-1,2-12-4", "-
 
 
 def evaluate(*words: object) -> Done:
-    """Run `evaluate`, its words after the name."""
+    """Run the tool `evaluate` with these words."""
     return run_tool("evaluate", *words)
 
 
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(folder: Path) -> Inputs:
-    """The tiny reasoner, a random model with its tokenizer, and 3 problems: batches of 2 and 1."""
+    """Write the tiny reasoner, a random DMS model with its tokenizer, and 3 problems: batches of 2 and 1."""
     from problems import generate
 
     shutil.copytree(BASE, folder / "plain")
@@ -45,7 +45,7 @@ def make_inputs(folder: Path) -> Inputs:
 
 
 def samples(out: Path) -> dict[str, list[dict]]:
-    """The lines of each file of samples, without what a clock says."""
+    """Return the lines of each file of samples, without the seconds that a clock measured."""
     found = {}
     for file in (out / "samples").iterdir():
         found[file.name] = [json.loads(line) for line in file.read_text().splitlines()]

@@ -34,7 +34,7 @@ SHAPE = {
 
 
 def make_qwen3(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-    """Tied, a head size (16) that is not hidden / heads (8), norms that are not all ones."""
+    """Save a tied Qwen3 whose head size (16) is not hidden / heads (8) and whose norms are not all ones."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**{**SHAPE, "head_dim": 16, "tie_word_embeddings": True, **changes})
@@ -42,7 +42,7 @@ def make_qwen3(folder: Path, dtype: torch.dtype = torch.float32, **changes: obje
 
 
 def make_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-    """Untied, llama3 RoPE, several files."""
+    """Save an untied Llama with llama3 RoPE in several files."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -52,7 +52,7 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, **changes: obje
 
 
 def make_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-    """Untied, three query heads to a KV head, a head size of its own, yarn RoPE."""
+    """Save an untied Mistral with three query heads to a KV head, a head size of its own and yarn RoPE."""
     from transformers import MistralConfig, MistralForCausalLM
 
     shape = {"num_attention_heads": 6, "head_dim": 8, "sliding_window": None}
@@ -61,7 +61,7 @@ def make_mistral(folder: Path, dtype: torch.dtype = torch.float32, **changes: ob
 
 
 def make_qwen2(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
-    """Tied, biases on q, k and v that are not zero, linear RoPE."""
+    """Save a tied Qwen2 with linear RoPE and biases on q, k and v that are not zero."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**{**SHAPE, "tie_word_embeddings": True, "rope_parameters": dict(LINEAR), **changes})
@@ -72,6 +72,8 @@ MAKERS = {"llama": make_llama, "mistral": make_mistral, "qwen2": make_qwen2, "qw
 
 
 def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype, **options: object) -> Path:
+    """Save a model with random norms and biases, a tokenizer that no program parses, and a folder beside
+    it."""
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" in name:

@@ -1,4 +1,4 @@
-"""Cases and fp64 references of the fast distillation losses; shared by the CPU and the GPU tests."""
+"""Cases and fp64 references of the fast distillation losses, for the CPU and the GPU tests."""
 
 from dataclasses import dataclass, replace
 
@@ -41,7 +41,10 @@ CASES = [
 
 
 def make_logits(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Student and teacher [*shape, width] with what must not matter in the padding, and weights [*shape]."""
+    """Return logits of student and teacher [*shape, width], and weights [*shape].
+
+    The padding of the logits holds numbers that must not matter.
+    """
     generator = torch.Generator().manual_seed(9)
     teacher = case.scale * torch.randn(*case.shape, case.width, generator=generator)
     student = teacher + case.apart * case.scale * torch.randn(*case.shape, case.width, generator=generator)
@@ -52,7 +55,7 @@ def make_logits(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor
 
 
 def expected(case: Case, direction: str) -> tuple[Tensor, Tensor]:
-    """Loss [*shape] and gradient [*shape, width] in fp64, on CPU."""
+    """Return the loss [*shape] and its gradient [*shape, width], in fp64 on the CPU."""
     student, teacher, weights = make_logits(case)
     exact = student.double().requires_grad_()
     own = (x[..., : case.columns] / case.temperature for x in (exact, teacher.double()))
@@ -62,7 +65,7 @@ def expected(case: Case, direction: str) -> tuple[Tensor, Tensor]:
 
 
 def compare(case: Case, direction: str, loss: Tensor, gradient: Tensor) -> None:
-    """Within the rounding of what both are made of, log-probabilities, and of the gradient's own type."""
+    """Assert agreement within the rounding of the log-probabilities and of the gradient's own type."""
     wanted, wanted_gradient = expected(case, direction)
     exact = torch.promote_types(case.dtype, FP32)
     assert loss.dtype == exact and gradient.dtype == case.dtype
@@ -81,14 +84,18 @@ SPREAD = replace(CASES[0], dtype=FP64, width=131, temperature=1.5)
 
 
 def projections() -> tuple[torch.Tensor, ...]:
-    """Hidden states [19, 12] and weight [131, 12] of the student, [19, 8] and [131, 8] of the teacher, and
-    weights of tokens [19]; fp64."""
+    """Return hidden states and weights of a projection, of student and teacher, and weights of tokens, in
+    fp64.
+
+    Shapes: [19, 12] and [131, 12] of the student, [19, 8] and [131, 8] of the teacher, [19].
+    """
     generator = torch.Generator().manual_seed(4)
     shapes = ((19, 12), (131, 12), (19, 8), (131, 8), (19,))
     return tuple(torch.randn(*shape, dtype=FP64, generator=generator) for shape in shapes)
 
 
 def fused_by_hand(direction: str, columns: int = 131, temperature: float = 1.5) -> tuple:
+    """Return loss and gradients of the projection and the plain formula, for the first `columns` columns."""
     hidden, weight, other_hidden, other_weight, weights = projections()
     hidden.requires_grad_(), weight.requires_grad_()
     logits = ((hidden @ weight.T), (other_hidden @ other_weight.T))

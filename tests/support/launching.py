@@ -1,4 +1,4 @@
-"""Running the launch scripts with stand-ins for SLURM's commands and for python (tests/fake_slurm)."""
+"""Run the launch scripts with stand-ins for SLURM's commands and for python (tests/fake_slurm)."""
 
 import os
 import subprocess
@@ -13,7 +13,8 @@ NEEDED = {"NODES": "1", "GPUS_PER_NODE": "2"}
 
 
 def write_env(folder: Path, *lines: str, **settings: str) -> Path:
-    """An env file with the required variables (TRAIN_ARGS saves in folder/run), `settings`, then `lines`."""
+    """Write an env file with the required variables, `settings`, then `lines`. TRAIN_ARGS saves in
+    folder/run."""
     training = {"TRAIN_ARGS": f"--save {folder}/run --load {folder}/run --train-iters 100"}
     path = folder / "my.env"
     path.write_text("".join(f"{line}\n" for line in (*_pairs(training | NEEDED | settings), *lines)))
@@ -25,7 +26,7 @@ def _pairs(settings: dict[str, str]) -> list[str]:
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    """Without a job's variables of a SLURM this test may run under."""
+    """Return the environment for a launch, without the variables of a SLURM job that this test may run in."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     path = f"{FAKES}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     ours = {"PATH": path, "FAKE_SLURM_LOG": str(folder / "slurm.log")}
@@ -41,6 +42,6 @@ def launch(folder: Path, *words: str | Path, **more: str) -> subprocess.Complete
 
 
 def called(folder: Path) -> list[str]:
-    """The calls of SLURM's commands."""
+    """Return the calls of SLURM's commands."""
     log = folder / "slurm.log"
     return log.read_text().splitlines() if log.exists() else []

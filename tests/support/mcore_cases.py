@@ -1,4 +1,5 @@
-"""A small GPTModel with DMS attention, and the same attention in fp64 written from DMS's text."""
+"""A small GPTModel with DMS attention, and the same attention in fp64 written from the text of the DMS
+paper."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -32,8 +33,7 @@ SETTINGS = {"alpha_scale": 2.0, "alpha_offset": 0.3, "window": 3, "lag": 1, "tem
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """A process group of one and Megatron's parallel state; everything on the CPU, whatever the machine
-    has."""
+    """Make a process group of one and Megatron's parallel state; everything runs on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         patch.setattr(CudaRNGStatesTracker, "fork", lambda self: nullcontext())  # for a dropout of 0
@@ -45,6 +45,7 @@ def one_process() -> Iterator[None]:
 
 
 def transformer_config(**changes: object) -> TransformerConfig:
+    """Return a config of two layers with GQA, biases and norms of queries and keys."""
     settings = {
         **{"num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": 32, "kv_channels": D},
         **{"num_attention_heads": H, "num_query_groups": G, "normalization": "RMSNorm"},
@@ -62,7 +63,7 @@ def transformer_config(**changes: object) -> TransformerConfig:
 
 
 def build(dms: DMSConfig | None, **changes: object) -> GPTModel:
-    """A model whose every parameter is random, norms and biases too; without DMS where `dms` is None."""
+    """Build a model whose parameters are all random, norms and biases too; without DMS if `dms` is None."""
     config = transformer_config(**changes)
     spec = dense_block_spec(config) if dms is None else dms_block_spec(config, dms=dms)
     model = GPTModel(
@@ -84,6 +85,7 @@ def build(dms: DMSConfig | None, **changes: object) -> GPTModel:
 
 
 def microbatch(phase: Phase, fade: float = 0.0, samples: tuple[int, ...] = SAMPLES) -> Microbatch:
+    """Return the record of a microbatch, as the forward step would make it."""
     lengths = torch.tensor([LENGTHS[SAMPLES.index(sample)] for sample in samples])
     account = CompressionAccount(ModelShape(LAYERS, G, LAYERS, None), 0.5, lengths.float(), loss_weight=0.0)
     return Microbatch(
@@ -97,11 +99,12 @@ def microbatch(phase: Phase, fade: float = 0.0, samples: tuple[int, ...] = SAMPL
 
 
 def hidden_states() -> Tensor:
+    """Return random hidden states [T, B, HIDDEN]."""
     return 2 * torch.randn(T, len(SAMPLES), HIDDEN, generator=torch.Generator().manual_seed(9))
 
 
 def attend(model: GPTModel, x: Tensor, record: Microbatch, layer: int = 1) -> Tensor:
-    """The output of one layer's attention, [T, B, HIDDEN]."""
+    """Return the output [T, B, HIDDEN] of one layer's attention."""
     rope = model.rotary_pos_emb(T)
     module = model.decoder.layers[layer].self_attention
     out, _ = module(x, None, rotary_pos_emb=(rope, rope), packed_seq_params=record)
@@ -113,7 +116,7 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rope(x: Tensor) -> Tensor:
-    """x [T, B, heads, D]: channels c and c + D/2 of token t are turned by t / BASE ** (2 c / D)."""
+    """Turn channels c and c + D/2 of token t of x [T, B, heads, D] by t / BASE ** (2 c / D)."""
     angle = torch.arange(T).double()[:, None] / BASE ** (2 * torch.arange(D // 2).double() / D)
     sin, cos = angle.sin()[:, None, None], angle.cos()[:, None, None]
     one, other = x[..., : D // 2], x[..., D // 2 :]
@@ -123,8 +126,11 @@ def rope(x: Tensor) -> Tensor:
 def reference(
     weights: dict[str, Tensor], x: Tensor, dms: DMSConfig, record: Microbatch, layer: int = 1
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """-> (output [T, B, HIDDEN], decisions before the lag [B, G, T], queries and keys as attended), all
-    fp64."""
+    """Compute attention in fp64.
+
+    Returns the output [T, B, HIDDEN], the decisions before the lag [B, G, T], and the queries and keys
+    that are attended.
+    """
     normed = rms(x, weights["linear_qkv.layer_norm_weight"])
     qkv = normed @ weights["linear_qkv.weight"].T + weights.get("linear_qkv.bias", 0)
     qkv = qkv.view(T, -1, G, PER_GROUP + 2, D)  # per KV head: its queries, its key, its value
@@ -177,11 +183,13 @@ def reference(
 
 
 def in_fp64(model: GPTModel, layer: int = 1) -> dict[str, Tensor]:
+    """Return the parameters of one layer's attention in fp64, as leaves that want gradients."""
     module = model.decoder.layers[layer].self_attention
     return {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
 
 
 def check_attention_and_gradients(dms: DMSConfig, phase: Phase, fade: float) -> None:
+    """Compare one layer's attention and its gradients with the reference."""
     model, record, x = build(dms), microbatch(phase, fade), hidden_states()
     weights = in_fp64(model)
     expected, alpha, _ = reference(weights, x.double(), dms, record)
@@ -202,7 +210,7 @@ def check_attention_and_gradients(dms: DMSConfig, phase: Phase, fade: float) -> 
 
 
 def attend_and_report(model: GPTModel, x: Tensor, record: Microbatch, alpha: Tensor) -> Tensor:
-    """Attention whose account must hold the reference's decisions, before the lag and without padding."""
+    """Attend, and check that the account holds the reference's decisions before the lag, without padding."""
     found = attend(model, x, record)
     record.account.report(0, torch.arange(G), torch.zeros(2, G, T), torch.zeros(2, G, T), record.valid)
     evicted = ((alpha > 0.5) & record.valid[:, None]).sum(dim=(0, 2))
@@ -212,7 +220,7 @@ def attend_and_report(model: GPTModel, x: Tensor, record: Microbatch, alpha: Ten
 
 
 def changed_rows(model: GPTModel, before: dict[str, Tensor]) -> dict[str, list[int]]:
-    """Rows that are not bit for bit what they were, by parameter."""
+    """Return the rows of each parameter that are no longer bit for bit what they were."""
     rows = {
         name: (p.detach() != before[name]).flatten(1).any(1).nonzero().flatten().tolist()
         if p.dim() > 1

@@ -1,4 +1,4 @@
-"""Odd values, and what a conversion makes of them."""
+"""Odd values, and how a conversion answers to them."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def time_limit() -> Iterator[None]:
 
 
 def outcome(call: Callable[[], object]) -> str:
-    """ "accepted", "refused" (by a CheckpointError of one line), or what came instead."""
+    """Return "accepted", "refused" (by a CheckpointError of one line), or a description of any other end."""
     try:
         with time_limit():
             call()
@@ -55,14 +55,15 @@ def short(value: object) -> str:
 
 
 def convert(source: Path, work: Path) -> None:
-    """Import and export; the export must be the source."""
+    """Import and export; the export must equal the source."""
     import_hf(source, work / "out_megatron")
     export_hf(work / "out_megatron", work / "out_hf")
     assert files_of(work / "out_hf") == files_of(source), "it came back otherwise"
 
 
 def leaves_nothing(convert_it: Callable[..., object], source: Path, work: Path) -> str:
-    """Outcome of a conversion, and whether its output is there exactly if it was accepted."""
+    """Return the outcome of a conversion, and check that its output is there if and only if it was
+    accepted."""
     work.mkdir(exist_ok=True)
     found = outcome(lambda: convert_it(source, work / "out"))
     left = [str(path.relative_to(work)) for path in work.rglob("*")]
@@ -73,13 +74,13 @@ def leaves_nothing(convert_it: Callable[..., object], source: Path, work: Path) 
 
 
 def must(found: dict[str, str], *allowed: str) -> None:
-    """Fail with every case that came out otherwise."""
+    """Fail with every case whose outcome is none of those allowed."""
     bad = [f"{case}: {text}" for case, text in found.items() if text not in allowed]
     assert not bad, "\n".join(["", *bad])
 
 
 def damaged(work: Path, source: Path, name: str, content: bytes) -> str:
-    """Outcome of converting a folder with one file replaced; the folder is as before afterwards."""
+    """Return the outcome of converting a folder with one file replaced; put the file back afterwards."""
     convert_it = export_hf if (source / TRACKER).exists() else import_hf
     before = (source / name).read_bytes()
     (source / name).write_bytes(content)

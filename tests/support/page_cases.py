@@ -1,6 +1,6 @@
-"""Cases, inputs and a plain fp64 reference for attention over pages; shared by the CPU and the GPU tests.
+"""Cases, inputs and a plain fp64 reference for attention over pages, for the CPU and the GPU tests.
 
-Every slot that holds no valid pair is NaN, and so is every free page, in every case. Shapes as in
+In every case, each slot without a valid pair is NaN, and so is every free page. Shapes are those of
 page_kernel_dms.py.
 """
 
@@ -74,17 +74,17 @@ TOLERANCE = {torch.float32: 1e-5, BF16: 2e-2, FP16: 2.5e-3}
 
 
 def tolerance(case: Case) -> float:
-    """Largest |out - reference| allowed, with values from N(0, 1) and |out| < 4.
+    """Return the largest |out - reference| allowed, with values from N(0, 1) and |out| < 4.
 
     The 16-bit types round each weight once and the result once more: half a unit in the last place of 2..4
     is 8e-3 in bf16 and 1e-3 in fp16. An fp32 score of 60 is off by up to a few 60 * 2**-24, and its weight
-    relatively as much.
+    by the same relative error.
     """
     return 3e-5 if case.peak is not None and case.dtype == torch.float32 else TOLERANCE[case.dtype]
 
 
 def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> PageInputs:
-    """Random inputs of a case; the same for the same seed in any process."""
+    """Return random inputs of a case; one seed gives the same inputs in any process."""
     random = torch.Generator().manual_seed(seed)
     P = sum(case.pages) + case.free
     owner_P = torch.tensor([n for n, pages in enumerate(case.pages) for _ in range(pages)], dtype=torch.int64)
@@ -111,7 +111,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> PageInputs:
 
 
 def grown(inputs: PageInputs) -> PageInputs:
-    """The same in a pool with four more pages, all free, as it looks after the cache has grown."""
+    """Return the inputs in a pool with four more pages, all free, as after the cache has grown."""
     extra = (4, *inputs.keys_PSD.shape[1:])
     keys_PSD, values_PSD = (
         torch.cat([pool, pool.new_full(extra, torch.nan)]) for pool in (inputs.keys_PSD, inputs.values_PSD)
@@ -122,7 +122,7 @@ def grown(inputs: PageInputs) -> PageInputs:
 
 
 def reference(inputs: PageInputs) -> Tensor:
-    """[N, R, D] in fp64 on the CPU: the valid pairs of each head side by side, one softmax over them."""
+    """Return the output [N, R, D] in fp64 on the CPU: one softmax over the valid pairs of each head."""
     q_NRD, keys_PSD, values_PSD, owner_P, fill_P = (tensor.cpu() for tensor in inputs[:5])
     out_NRD = torch.zeros(q_NRD.shape, dtype=torch.float64)
     for n in range(len(q_NRD)):

@@ -28,7 +28,7 @@ COMPILED = [  # R, S, D, type; small, usual and largest tiles
 
 
 def interpret(out: Path) -> None:
-    """Outputs per case, and what a NaN in a valid pair and too large a fill give."""
+    """Save the outputs of all cases, and those for a NaN in a valid pair and for a fill that is too large."""
     hide_nothing()
     results = {}
     for case in CASES:
@@ -45,7 +45,7 @@ def interpret(out: Path) -> None:
 
 
 def compile_all(out: Path) -> None:
-    """Both kernels, in every variant."""
+    """Compile both kernels in every variant."""
     kernels = kernel._kernels()
     report = {}
     for R, S, D, dtype in COMPILED:

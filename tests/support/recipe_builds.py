@@ -40,7 +40,7 @@ _SAID = (
 
 
 def start(flags: list[str], world_size: int, rank: int) -> tuple[Namespace, torch.nn.Module]:
-    """The checked arguments, and the student with its teacher as DDP would get it."""
+    """Return the checked arguments, and the student with its teacher as DDP would get it."""
     os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank % 8))
     sys.argv[1:] = flags
     dms = check_dms_flags(flags)
@@ -65,7 +65,7 @@ def start(flags: list[str], world_size: int, rank: int) -> tuple[Namespace, torc
 
 
 def described(args: Namespace, model: torch.nn.Module) -> dict[str, object]:
-    """As JSON has it."""
+    """Describe a model as JSON."""
     return {
         "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
@@ -81,7 +81,7 @@ def described(args: Namespace, model: torch.nn.Module) -> dict[str, object]:
 
 
 def in_child(flags: list[str], world_size: int, rank: int, out: Path) -> object:
-    """What one rank has, or its error."""
+    """Return the description of one rank's model, or its error, from a forked child."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)

@@ -25,14 +25,14 @@ every_recipe = pytest.mark.parametrize("name", RECIPES)
 
 @cache
 def hf_shapes(folder: str) -> dict[str, tuple[int, ...]]:
-    """Tensors of transformers' model of a recipe's config.json."""
+    """Return the shapes of the tensors of transformers' model of a recipe's config.json."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(EXAMPLES / folder))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def launched(name: str) -> list[str]:
-    """The flags that launch/torchrun.sh gives pretrain_dms.py, from its dry run."""
+    """Return the flags that launch/torchrun.sh gives pretrain_dms.py, from its dry run."""
     hosts = ",".join(f"node{k}" for k in range(RECIPES[name].nodes))
     done = launch(ROOT, TORCHRUN, "--dry-run", "--hosts", hosts, EXAMPLES / f"{name}.env")
     assert done.returncode == 0, done.stderr

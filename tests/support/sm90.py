@@ -1,4 +1,4 @@
-"""Compiling Triton kernels for an H100 without one, and what the machine code says about itself."""
+"""Compile Triton kernels for an H100 without one, and read the properties of the machine code."""
 
 import re
 import subprocess
@@ -52,7 +52,7 @@ def compile_for_sm90(function: Any, types: dict[str, str], constants: dict[str, 
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK and LOCAL of a compiled kernel, from the cuobjdump that triton's wheel holds.
+    """Return REG, STACK and LOCAL of a compiled kernel, from the cuobjdump of triton's wheel.
 
     Spilled registers are on the stack.
     """

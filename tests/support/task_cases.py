@@ -1,4 +1,4 @@
-"""Rows in the datasets' own formats, and what the tests of tasks ask again and again."""
+"""Rows in the datasets' own formats, and helpers that the tests of the tasks share."""
 
 import json
 from pathlib import Path

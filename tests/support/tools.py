@@ -39,7 +39,7 @@ class Done(NamedTuple):
 
 
 def script_of(name: str) -> Path:
-    """The file of a tool; a name with a slash is a script's path from the root of the repository."""
+    """Return the file of a tool; a name with a slash is a script's path from the root of the repository."""
     return ROOT / (name if "/" in name else f"tools/{name}.py")
 
 
@@ -100,7 +100,7 @@ def _changed(environment: Mapping[str, str], changes: Mapping[str, str | None] |
 
 
 def _main_of(name: str) -> Callable[[], object]:
-    """The main() of a tool; the module is made anew for each call, as an interpreter would."""
+    """Return the main() of a tool. The module is made anew for each call, as an interpreter would make it."""
     spec = importlib.util.spec_from_file_location(f"{script_of(name).stem}_tool", script_of(name))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -109,7 +109,7 @@ def _main_of(name: str) -> Callable[[], object]:
 
 
 def _exit_status(code: object) -> int:
-    """The exit status that the interpreter makes of `sys.exit(code)`."""
+    """Return the exit status that the interpreter makes of `sys.exit(code)`."""
     if isinstance(code, int):
         return int(code)
     if code is not None:
@@ -119,7 +119,7 @@ def _exit_status(code: object) -> int:
 
 @contextmanager
 def _captured() -> Iterator[tuple[TextIO, TextIO]]:
-    """Files that take stdout and stderr, also what C code and child processes write."""
+    """Yield the files that take stdout and stderr, including the output of C code and of child processes."""
     with ExitStack() as undo:
         files = []
         for number, name in ((1, "stdout"), (2, "stderr")):
@@ -136,6 +136,7 @@ def _captured() -> Iterator[tuple[TextIO, TextIO]]:
 
 
 def _written(file: TextIO) -> str:
+    """Return all that was written to a file."""
     file.flush()
     file.seek(0)
     return file.read()

@@ -1,5 +1,4 @@
-"""Processes of their own for what needs triton imported under other settings: the interpreter, or a compiler
-whose cache is empty."""
+"""Processes that import triton under other settings: its interpreter, or a compiler whose cache is empty."""
 
 import os
 import subprocess
@@ -12,7 +11,7 @@ from tests.support.tools import ROOT
 
 
 def run(script: Path, *words: str, out: Path, **settings: str) -> Path:
-    """`python script *words out`, with these environment variables and no others of Triton's."""
+    """Run `python script *words out` with these environment variables and no others of Triton's."""
     keep = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     keep |= {"TRITON_CACHE_DIR": str(out.parent / "triton"), "OMP_NUM_THREADS": "1"} | settings
     keep["PYTHONPATH"] = str(ROOT)
@@ -23,7 +22,7 @@ def run(script: Path, *words: str, out: Path, **settings: str) -> Path:
 
 
 def hide_nothing() -> None:
-    """In such a process: torch.empty gives NaN, so that nothing unwritten can be read unnoticed."""
+    """Let torch.empty give NaN in this process, so that a read of unwritten memory shows."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

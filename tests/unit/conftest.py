@@ -9,7 +9,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf (Llama in three files), tied (Qwen3 in one) and megatron (the first, imported): never changed."""
+    """Make hf (Llama in three files), tied (Qwen3 in one file) and megatron (hf, imported); no test
+    changes them."""
     from megatron_dms.conversion import import_hf
     from tests.support.hf_checkpoints import make_llama, make_qwen3
 
@@ -31,6 +32,6 @@ def one_process() -> Iterator[None]:
 
 @pytest.fixture
 def copies(originals: Path, tmp_path: Path) -> Path:
-    """The same, to be damaged."""
+    """Return copies of the originals, to be damaged."""
     shutil.copytree(originals, tmp_path / "copies")
     return tmp_path / "copies"
