@@ -13,15 +13,6 @@ from tests.support.dms_by_definition import reference
 from tests.support.tiny_dms_models import FAMILIES_AND_SETTINGS, random_tokens, tiny_config, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For sizes this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize(("family", "setting"), FAMILIES_AND_SETTINGS)
 @torch.no_grad()
 def test_forward_is_the_definition(family, setting):

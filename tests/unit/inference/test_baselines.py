@@ -23,15 +23,6 @@ PROMPT, NEW = 21, 30
 GREEDY = {"do_sample": False, "use_cache": True, "pad_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For sizes this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("plain")
