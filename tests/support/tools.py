@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
+
+from megatron_dms import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -38,11 +40,6 @@ class Done(NamedTuple):
         return self.error.splitlines()
 
 
-def script_of(name: str) -> Path:
-    """Return the file of a tool; a name with a slash is a script's path from the root of the repository."""
-    return ROOT / (name if "/" in name else f"tools/{name}.py")
-
-
 def run_tool(
     name: str,
     *words: object,
@@ -54,7 +51,8 @@ def run_tool(
     """Run a tool to its end, and return its exit status and what it printed.
 
     Args:
-        name: The tool, such as "convert"; or a script that has a `main()`, such as "examples/openr1.py".
+        name: The tool, such as "convert"; or the path of a script that has a `main()`, such as
+            "examples/openr1.py".
         words: The command line, each word turned into text.
         cwd: The folder to run in (default: the one of this process).
         env: Environment variables to set in addition to those of this process; None removes one.
@@ -64,18 +62,19 @@ def run_tool(
     An exception that the tool lets through is raised here, unless it ran in a process of its own.
     """
     if process:
-        return run_python(script_of(name), *words, cwd=cwd, env=env, timeout=timeout)
+        command = [ROOT / name] if "/" in name else ["-m", "megatron_dms.cli", name]
+        return run_python(*command, *words, cwd=cwd, env=env, timeout=timeout)
     with ExitStack() as undo:
         undo.enter_context(_process_state())
         out, error = undo.enter_context(_captured())
-        sys.argv = [str(script_of(name)), *map(str, words)]
+        sys.argv = [name, *map(str, words)]
         environment = _changed(os.environ, env)
         os.environ.clear()
         os.environ.update(environment)
         if cwd is not None:
             os.chdir(cwd)
         try:
-            status = _exit_status(_main_of(name)())
+            status = _exit_status(_script(name).main() if "/" in name else cli.main([name, *sys.argv[1:]]))
         except SystemExit as stop:
             status = _exit_status(stop.code)
         return Done(status, _written(out), _written(error))
@@ -99,13 +98,13 @@ def _changed(environment: Mapping[str, str], changes: Mapping[str, str | None] |
     return {name: value for name, value in {**environment, **(changes or {})}.items() if value is not None}
 
 
-def _main_of(name: str) -> Callable[[], object]:
-    """Return the main() of a tool. The module is made anew for each call, as an interpreter would make it."""
-    spec = importlib.util.spec_from_file_location(f"{script_of(name).stem}_tool", script_of(name))
+def _script(name: str) -> Any:
+    """Import a script by its path, anew for each call, as an interpreter would."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 def _exit_status(code: object) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dms.benchmarks import convert as benchmark
-from tests.support.tools import Done, run_tool, script_of
+from tests.support.tools import ROOT, Done, run_tool
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_the_benchmark_measures_both_directions_and_cleans_up(
         (("--repeats=-1",), "--repeats is -1"),
         (("--repeats", "1.5"), "invalid int value: '1.5'"),
         (("--folder", "/nowhere/at/all"), "--folder /nowhere/at/all is no folder"),
-        (("--folder", str(script_of("bench"))), "bench.py is no folder"),
+        (("--folder", str(ROOT / "tools" / "bench.py")), "bench.py is no folder"),
         (("--rounds", "3"), "unrecognized arguments"),
     ],
 )

@@ -20,7 +20,7 @@ from megatron_dms import files
 from megatron_dms.conversion import CheckpointError, checkpoint_args, export_hf, import_hf
 from megatron_dms.conversion.hf_folder import HFFolder
 from tests.support.hf_checkpoints import make_llama, make_qwen3
-from tests.support.tools import run_python, script_of
+from tests.support.tools import ROOT, run_python
 
 KILLS = 24  # of each conversion
 
@@ -184,7 +184,7 @@ def test_the_command_line_reports_limits_leftovers_and_interrupts_in_one_line(
     left = tmp_path / "out.partial-4194305"  # above the largest process id
     left.mkdir()
     tool = ["import", "--hf", str(inputs / "hf"), "--megatron", str(tmp_path / "out")]
-    start = f"import sys, runpy; sys.argv = {[str(script_of('convert')), *tool]!r}\n"
+    start = f"import sys, runpy; sys.argv = {[str(ROOT / 'tools' / 'convert.py'), *tool]!r}\n"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
     interrupt = (
         "from megatron_dms.conversion import convert\n"

@@ -253,7 +253,7 @@ def test_tool_and_workers(tokenizer_dir: str, tmp_path: Path) -> None:
     source = many_documents(tmp_path / "in.jsonl", 64 * 4 + 3)
     preprocess(PreprocessConfig((source,), tokenizer_dir, str(tmp_path / "one")))
     done = run_tool(
-        "preprocess_data",
+        "preprocess",
         *("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "two"),
         *("--workers", "2"),
     )
@@ -272,7 +272,7 @@ def test_tool_says_what_is_wrong_in_one_line(tokenizer_dir: str, tmp_path: Path)
     """
     source = write_lines(tmp_path / "in.jsonl", *[line(text="a")] * 20, b"{", *[line(text="a")] * 200)
     done = run_tool(
-        "preprocess_data",
+        "preprocess",
         *("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out" / "data"),
         *("--workers", "2"),
     )

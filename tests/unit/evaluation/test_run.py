@@ -11,7 +11,7 @@ import torch
 from megatron_dms.evaluation import evaluation_run, runner
 from megatron_dms.provenance import made_by
 from tests.support.evaluation_runs import PROBLEMS, Inputs, evaluate, make_inputs, refused, samples
-from tests.support.tools import run_python, script_of
+from tests.support.tools import ROOT, run_python
 
 FILES = [
     f"{name}-seed{seed}.jsonl"
@@ -284,7 +284,7 @@ def test_help_needs_no_torch() -> None:
     for command in ("run", "score"):
         code = (
             "import runpy, sys\n"
-            f"sys.argv = [{str(script_of('evaluate'))!r}, {command!r}, '--help']\n"
+            f"sys.argv = [{str(ROOT / 'tools' / 'evaluate.py')!r}, {command!r}, '--help']\n"
             "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "except SystemExit as stop:\n    assert stop.code == 0\n"
             "print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))\n"

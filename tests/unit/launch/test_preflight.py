@@ -12,7 +12,7 @@ import pytest
 
 from megatron_dms.launch import node_checks
 from megatron_dms.launch.node_report import CHECKS, Finding, NodeReport, compare, failures, table
-from tests.support.tools import run_tool, script_of
+from tests.support.tools import ROOT, run_tool
 
 HOSTS = "localhost,127.0.0.1"
 FIRST, SECOND = "node 0 (localhost)", "node 1 (127.0.0.1)"
@@ -40,7 +40,14 @@ def write_data(prefix: Path) -> None:
 
 
 def start_node(rank: int, port: int, training: list[str], timeout: int = 60) -> subprocess.Popen:
-    command = [sys.executable, str(script_of("preflight")), "--hosts", HOSTS, "--node-rank", str(rank)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preflight.py"),
+        "--hosts",
+        HOSTS,
+        "--node-rank",
+        str(rank),
+    ]
     command += ["--gpus-per-node", "1", "--device", "cpu", "--port", str(port), "--min-free-gb", "0.001"]
     command += ["--timeout", str(timeout), "--", *training]
     settings = os.environ | {"OMP_NUM_THREADS": "1"}

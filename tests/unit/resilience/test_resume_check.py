@@ -55,7 +55,7 @@ def verify(tmp_path: Path, *words: str, fault: str = "none") -> Done:
     script = tmp_path / "run.py"
     script.write_text(RUN)
     command = (sys.executable, script, "--fault", fault)
-    return run_tool("verify_resume", *words, "--", *command, env={"PYTHONPATH": str(ROOT)})
+    return run_tool("verify-resume", *words, "--", *command, env={"PYTHONPATH": str(ROOT)})
 
 
 def flags(tmp_path: Path) -> list[str]:

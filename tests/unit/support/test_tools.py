@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import tools
 from tests.support.tools import run_tool
 
 CHANGES = """
@@ -43,10 +42,11 @@ if __name__ == "__main__":
 """
 
 
-def tool(folder: Path, monkeypatch: pytest.MonkeyPatch, end: str = "return None") -> None:
-    """Make `run_tool` find one tool, which changes everything and then does `end`."""
-    (folder / "odd.py").write_text(CHANGES.replace("END", end))
-    monkeypatch.setattr(tools, "script_of", lambda name: folder / f"{name}.py")
+def script(folder: Path, end: str = "return None") -> str:
+    """Write a script that changes everything and then does `end`; return its path."""
+    path = folder / "odd.py"
+    path.write_text(CHANGES.replace("END", end))
+    return str(path)
 
 
 def state() -> dict[str, object]:
@@ -64,13 +64,13 @@ def state() -> dict[str, object]:
     }
 
 
-def test_everything_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_put_back(tmp_path: Path) -> None:
     """Catches: a later test in another folder, with another type, without its streams; output that is lost;
     a word that is not passed on."""
-    tool(tmp_path, monkeypatch)
+    odd = script(tmp_path)
     (tmp_path / "work").mkdir()
     before = state()
-    done = run_tool("odd", "a", 1, cwd=tmp_path / "work", env={"OWN": "mine"})
+    done = run_tool(odd, "a", 1, cwd=tmp_path / "work", env={"OWN": "mine"})
     assert state() == before
     assert done.status == 0
     assert done.out.splitlines() == ["argv: a 1", "child"]
@@ -86,33 +86,37 @@ def test_everything_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ("raise SystemExit(True)", 1, ""),
     ],
 )
-def test_exits_are_statuses(
-    end: str, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exits_are_statuses(end: str, status: int, said: str, tmp_path: Path) -> None:
     """Catches: an exit that ends the tests, or one whose status or reason is lost."""
-    tool(tmp_path, monkeypatch, end)
+    odd = script(tmp_path, end)
     for process in (False, True):
-        done = run_tool("odd", env={"OWN": "mine"}, process=process)
+        done = run_tool(odd, env={"OWN": "mine"}, process=process)
         assert done.status == status and said in done.errors[2:] + [""], (process, done)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_exception_comes_through(
-    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exception_comes_through(error: type[BaseException], tmp_path: Path) -> None:
     """Catches: an exception that is swallowed or made a status, and what is not put back after one."""
-    tool(tmp_path, monkeypatch, f"raise {error.__name__}('of the tool')")
+    odd = script(tmp_path, f"raise {error.__name__}('of the tool')")
     before = state()
     with pytest.raises(error, match="of the tool"):
-        run_tool("odd", env={"OWN": "mine"})
+        run_tool(odd, env={"OWN": "mine"})
     assert state() == before
 
 
-def test_a_process_has_its_own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_has_its_own_state(tmp_path: Path) -> None:
     """Catches: a command line, folder or environment that does not reach a process, a lost traceback."""
-    tool(tmp_path, monkeypatch, "raise ValueError('of the tool')")
+    odd = script(tmp_path, "raise ValueError('of the tool')")
     before = state()
-    done = run_tool("odd", "b", cwd=tmp_path, env={"OWN": "mine"}, process=True)
+    done = run_tool(odd, "b", cwd=tmp_path, env={"OWN": "mine"}, process=True)
     assert state() == before and done.status == 1
     assert done.out.startswith("argv: b\n") or "child" in done.out
     assert done.errors[-1] == "ValueError: of the tool"
+
+
+def test_a_tool_is_found_by_its_name() -> None:
+    """Catches: a name, or words after it, that do not reach the command."""
+    for process in (False, True):
+        done = run_tool("plan", "train", "--model", "qwen4", process=process)
+        assert done.status == 2 and done.out == "" and len(done.errors) == 1
+        assert done.error.startswith("error: ") and "'qwen4'" in done.error
