@@ -1,4 +1,4 @@
-"""tools/bench.py attention, on tiny shapes: decisions, arithmetic of the rows, the command line."""
+"""`bench attention` on tiny shapes: the drawn decisions, the arithmetic of the rows, the command line."""
 
 from pathlib import Path
 

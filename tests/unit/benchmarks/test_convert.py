@@ -1,4 +1,4 @@
-"""tools/bench.py convert, on a checkpoint of a few megabytes."""
+"""`bench convert` on a checkpoint of a few megabytes."""
 
 import errno
 import json

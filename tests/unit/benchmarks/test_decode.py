@@ -1,4 +1,4 @@
-"""tools/bench.py decode, on a tiny shape: the figures are arithmetic, not timing."""
+"""`bench decode` on a tiny shape: these figures are arithmetic, so no test depends on timing."""
 
 import json
 

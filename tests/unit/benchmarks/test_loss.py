@@ -1,4 +1,4 @@
-"""tools/bench.py loss, on tiny shapes: that all candidates compute one thing, and the rows' arithmetic."""
+"""`bench loss` on tiny shapes: all candidates compute the same loss, and the rows' arithmetic is right."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ LOGITS = 4 * N * V
 
 @pytest.mark.parametrize("group", [loss_benchmark._of_logits, loss_benchmark._with_projection])
 def test_all_candidates_give_one_gradient(group) -> None:
-    """Each twice: one of them overwrites its input. Catches: KL in the other direction, a candidate without
-    one of the gradients, a teacher that is what the last candidate left of it."""
+    """Runs each candidate twice, as one of them overwrites its input. Catches: KL in the other direction,
+    a candidate without one of the gradients, a teacher that is what the last candidate left of it."""
     torch.manual_seed(3)
     candidates, _ = group(N, V, E, torch.float32, CPU)
     found = []

@@ -1,4 +1,4 @@
-"""How candidates are measured: bytes against counting by hand, turns, and failures."""
+"""How candidates are measured: bytes against counting by hand, the turns they take, and failures."""
 
 import pytest
 import torch
@@ -73,7 +73,8 @@ def test_what_fails_is_not_measured_and_the_others_are() -> None:
 
 
 def test_quartiles_and_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand. Catches: a mean, seconds for milliseconds, a ratio upside down, times of several calls."""
+    """Compares with numbers worked out by hand. Catches: a mean, seconds for milliseconds, a ratio upside
+    down, times of several calls."""
     seconds = iter([9, 9, 9, 1, 2, 3, 4])  # the first three warm up
     monkeypatch.setattr("megatron_dms.benchmarks.measuring._seconds", lambda candidate, device: next(seconds))
     monkeypatch.setattr(

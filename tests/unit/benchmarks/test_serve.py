@@ -1,4 +1,4 @@
-"""tools/bench.py serve, on a tiny shape: bytes against counting by hand, the search for the largest batch."""
+"""`bench serve` on a tiny shape: bytes against counting by hand, and the search for the largest batch."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""tools/bench.py step, tiny: in processes of their own, as Megatron is made to run on the CPU there."""
+"""`bench step` on a tiny model, in processes of its own, because Megatron is made to run on the CPU there."""
 
 import json
 import sys
@@ -30,9 +30,9 @@ def test_command_line() -> None:
 
 
 def test_all_candidates_take_one_step(tmp_path: Path) -> None:
-    """Gradients of the whole step, by name of the candidate. Catches: students or teachers with weights of
-    their own, a student that is not trained, a step that changes the weights or adds up gradients, decisions
-    of another ratio, SDPA that sees the future, DMS left out of a student."""
+    """Compares the gradients of the whole step between candidates. Catches: students or teachers with
+    weights of their own, a student that is not trained, a step that changes the weights or adds up
+    gradients, decisions of another ratio, SDPA that sees the future, DMS left out of a student."""
     out = tmp_path / "found.json"
     done = run_python(__file__, out)
     assert done.status == 0, done.error[-3000:]
@@ -47,7 +47,7 @@ def test_all_candidates_take_one_step(tmp_path: Path) -> None:
 
 
 def compare_steps(out: Path) -> None:
-    """What the test above asserts."""
+    """Compute what the test above asserts."""
     import torch
 
     from megatron_dms.upstream import cpu

@@ -1,4 +1,4 @@
-"""Damaged, incomplete and contradictory checkpoints: named in one error, and nothing left behind."""
+"""Damaged, incomplete and contradictory checkpoints are named in one error, and nothing is left behind."""
 
 import json
 import shutil

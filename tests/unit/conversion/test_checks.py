@@ -1,4 +1,4 @@
-"""Checks that no other test would miss if they were gone: each test is one of them, or a few of a kind."""
+"""Checks that no other test would miss: each test here covers one check, or a few of one kind."""
 
 import json
 import shutil
@@ -96,9 +96,8 @@ def test_the_index_of_a_retrofit_names_the_new_tensors(copies: Path, tmp_path: P
 
 
 def test_one_shard_with_an_index_comes_back(tmp_path: Path) -> None:
-    """As save_pretrained of other programs writes it. Catches: no index because there is only one file, so
-    that nothing finds a file of that name.
-    """
+    """save_pretrained of other programs writes such a folder. Catches: no index because there is only one
+    file, so that nothing finds a file of that name."""
     source = make_qwen3(tmp_path / "hf")
     (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
     weight_map = dict.fromkeys(tensors_of(source), "model-00001-of-00001.safetensors")
@@ -135,9 +134,8 @@ def test_without_a_layout_files_are_of_a_limited_size(
 
 
 def test_an_export_from_the_models_own_folder(copies: Path, tmp_path: Path) -> None:
-    """--hf-source with weights in it, whose layout is taken. Catches: another layout, its old weights or
-    index copied over the new ones, a side file lost, tensors of other layers.
-    """
+    """--hf-source names a folder with weights, and the export takes over its layout. Catches: another
+    layout, its old weights or index copied over the new ones, a side file lost, tensors of other layers."""
     shutil.rmtree(copies / "megatron" / "hf")
     refused(export_hf, copies / "megatron", tmp_path / "none", "name the model's folder by --hf-source")
     export_hf(copies / "megatron", tmp_path / "out", hf_source=copies / "hf")
@@ -354,9 +352,8 @@ def test_an_import_says_that_its_qkv_is_in_megatrons_order(originals: Path) -> N
 
 
 def test_a_tied_copy_survives_a_file_of_its_own(tmp_path: Path) -> None:
-    """A tied model in two files, its written-out output layer alone in the second. Catches: a layout that
-    drops the file, or an index that no longer names it.
-    """
+    """A tied model lies in two files; the second holds nothing but its written-out output layer. Catches:
+    a layout that drops the file, or an index that no longer names it."""
     source = make_qwen3(tmp_path / "hf")
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()

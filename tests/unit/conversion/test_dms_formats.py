@@ -1,4 +1,5 @@
-"""DMS checkpoints of others: recognised, taken in, given back as they were or in another format."""
+"""DMS checkpoints of other projects are recognised, imported, and given back as they were or in another
+format."""
 
 import json
 from pathlib import Path
@@ -20,7 +21,7 @@ TRAINED = {"steps_per_cr": 100, "final_cr": 4.0, "anneal": "cr", "zeroing_steps"
 
 
 def make_nvidia(folder: Path, separate_alpha: bool) -> Path:
-    """Of the shape of nvidia/Qwen3-8B-DMS-8x: bfloat16, NVIDIA's keys and code beside the weights."""
+    """Make a checkpoint like nvidia/Qwen3-8B-DMS-8x: bfloat16, NVIDIA's keys, and code beside the weights."""
     make_qwen3(folder, torch.bfloat16)
     edit_config(folder, **NVIDIA, dms_separate_alpha=separate_alpha)
     for module in ("configuration_qwen3_dms", "modeling_qwen3_dms"):
@@ -36,7 +37,7 @@ def make_nvidia(folder: Path, separate_alpha: bool) -> Path:
 
 
 def make_fastdms(folder: Path) -> Path:
-    """Of the shape of shisa-ai/Llama-3.2-1B-DMS-8x: a plain Llama and dms_metadata.json."""
+    """Make a checkpoint like shisa-ai/Llama-3.2-1B-DMS-8x: a plain Llama and dms_metadata.json."""
     make_llama(folder, torch.bfloat16)
     (folder / "dms_metadata.json").write_text(json.dumps(FASTDMS))
     return folder

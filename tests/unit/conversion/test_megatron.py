@@ -1,6 +1,8 @@
-"""Imports run by Megatron itself, at TP 1, TP 2 and PP 2, against transformers' own models.
+"""Megatron itself runs imported checkpoints at TP 1, TP 2 and PP 2, and is compared with transformers' own
+models.
 
-All checkpoints go through the three layouts at once: processes that import Megatron cost seconds to start.
+All checkpoints go through the three layouts at once, because a process that imports Megatron takes seconds
+to start.
 """
 
 import json
@@ -31,7 +33,7 @@ WINDOW, LAG = 6, 2
 
 
 def make_dms(folder: Path, family: str, predictor: str, granularity: str = "head", **changes: object) -> Path:
-    """A random model of the package's own DMS class."""
+    """Save a random model of the package's own DMS class."""
     settings = {"window": WINDOW, "lag": LAG, "alpha_scale": 100.0, "alpha_offset": 5.0, "temperature": 0.1}
     entries = config_entries(family, predictor, granularity, target_cr=2.0, **settings)
     sliding = {"sliding_window": None} if family == "mistral" else {}
@@ -44,7 +46,7 @@ def make_dms(folder: Path, family: str, predictor: str, granularity: str = "head
 
 
 def make_merging(folder: Path) -> Path:
-    """A random model that merges pairs, in the folder that an export would be."""
+    """Save a random model that merges pairs, in a folder like that of an export."""
     settings = {"window": 0, "lag": 1, "alpha_scale": 100.0, "alpha_offset": 5.0, "temperature": 0.1}
     merging = {"method": "merge", "importance_scale": 2.0, "importance_offset": 0.5}
     entries = config_entries("qwen3", "key_channel", "head", target_cr=2.0, **settings, **merging)
@@ -55,7 +57,7 @@ def make_merging(folder: Path) -> Path:
 
 
 def make_fastdms(folder: Path) -> Path:
-    """FastDMS's format: a plain model with its settings in dms_metadata.json."""
+    """Save a model in FastDMS's format: a plain model with its settings in dms_metadata.json."""
     make_llama(folder)
     settings = {"window_size": WINDOW, "alpha_scale": 100.0, "alpha_offset": 5.0, "target_cr": 2}
     (folder / "dms_metadata.json").write_text(json.dumps({"config": settings}))
@@ -63,7 +65,7 @@ def make_fastdms(folder: Path) -> Path:
 
 
 def add_code(folder: Path) -> Path:
-    """Give a checkpoint code of its own, which config.json names and which makes a file when it runs."""
+    """Add code to a checkpoint; config.json names the code, and the code makes a file when it runs."""
     (folder / "own.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
     edit_config(folder, auto_map={name: "own.Own" for name in ("AutoConfig", "AutoModelForCausalLM")})
     return folder
@@ -108,7 +110,7 @@ MAKE: dict[str, Callable[[Path], Path]] = {
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list]]:
-    """Checkpoint -> layout -> one LogitParity for each set of prompts."""
+    """Return one LogitParity for each set of prompts, by checkpoint and layout."""
     root = tmp_path_factory.mktemp("parity")
     models, tasks, references = {}, {}, {}
     for number, (name, make) in enumerate(MAKE.items()):
@@ -159,7 +161,10 @@ def test_scaled_rope_is_compared_beyond_the_original_context(results: dict) -> N
 
 
 def outputs_of(decided: list[int], near_zero: list[int], T: int = 12) -> Outputs:
-    """One layer, prompt and KV head, all logits the same; token numbers that evict, or hardly know."""
+    """Return outputs of one layer, prompt and KV head whose logits are all equal.
+
+    The numbers of some tokens evict clearly; those of others hardly decide.
+    """
     flags = torch.zeros(2, 1, 1, 1, T, dtype=torch.bool)
     flags[0, ..., decided] = True
     flags[1, ..., near_zero] = True
@@ -167,9 +172,9 @@ def outputs_of(decided: list[int], near_zero: list[int], T: int = 12) -> Outputs
 
 
 def test_a_decision_within_rounding_may_flip_and_nothing_else() -> None:
-    """Window 3, lag 2: token 5 decides about pair 3, which query 7 is the first to miss. Catches: a flip that
-    fails a correct converter, one that hides a real difference before or of another size, a bound off by one.
-    """
+    """With window 3 and lag 2, token 5 decides about pair 3, and query 7 is the first without that pair.
+    Catches: a flip that fails a correct converter, one that hides a real difference before or of another
+    size, a bound off by one."""
     reference = outputs_of([5], near_zero=[5])
     compare = partial(agreement, window=3, lag=2)
     assert compare(reference, reference) == Agreement(0.0, 1.0, True, 0, 1 / 12, 1.0)

@@ -1,4 +1,4 @@
-"""Tiny random HF checkpoints for the tests of megatron_dms.conversion, and what config.json says of them."""
+"""How config.json of each family of models is read, and what is refused."""
 
 import pytest
 import torch

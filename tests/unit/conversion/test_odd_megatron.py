@@ -1,4 +1,5 @@
-"""Odd values in what an import keeps and what a Megatron checkpoint holds; as test_checkpoint_odd_values."""
+"""Odd values in the files that an import keeps and in a Megatron checkpoint, as test_odd_values.py does
+for HF."""
 
 import json
 from argparse import Namespace
@@ -24,9 +25,8 @@ from tests.support.odd_values import (
 
 
 def test_the_layout_kept_by_an_import(copies: Path, tmp_path: Path) -> None:
-    """megatron_dms_source.json. Catches: getattr(torch, ...) of any name, a file written outside of the
-    output or over config.json, a tensor exported that no model has, KeyError for what is not there.
-    """
+    """Damages megatron_dms_source.json. Catches: getattr(torch, ...) of any name, a file written outside
+    of the output or over config.json, a tensor exported that no model has, KeyError for what is not there."""
     layout = json.loads((copies / "megatron" / "hf" / SOURCE).read_text())
     name, (file, dtype) = next(iter(layout["tensors"].items()))
     odd: dict[str, object] = {f"all {short(value)}": value for value in VALUES}
@@ -146,7 +146,7 @@ def test_the_common_state(copies: Path, tmp_path: Path) -> None:
 
 
 def test_the_older_common_pt(copies: Path, tmp_path: Path) -> None:
-    """megatron-core before 0.19. Catches: the same, on the other path."""
+    """megatron-core before 0.19 wrote it. Catches: the same errors, on the other path."""
     megatron = copies / "megatron"
     state = Reader(megatron / "release").common()
     rewrite(megatron, {}, {}, iteration=2)

@@ -1,5 +1,7 @@
-"""Odd values wherever a conversion reads one: taken and given back, or refused in one line; never a
-traceback, never an output that is begun and left.
+"""Odd values wherever a conversion reads one.
+
+Each value is taken and given back, or refused in one line. There is never a traceback, and never an output
+that is begun and left.
 """
 
 import json
@@ -33,7 +35,7 @@ from tests.support.odd_values import (
 
 
 def odd_configs(config: dict) -> Iterator[tuple[str, object, dict]]:
-    """A config.json with one value after the other replaced, those of its RoPE object included."""
+    """Yield a config.json with one value after the other replaced, including those of its RoPE object."""
     for key in config:
         for value in VALUES:
             kept = {
@@ -46,7 +48,7 @@ def odd_configs(config: dict) -> Iterator[tuple[str, object, dict]]:
 
 
 def before_transformers_5(config: dict) -> dict:
-    """The same model, as older versions write it."""
+    """Return the same model as older versions write it."""
     scaling = dict(config["rope_parameters"])
     old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
     theta = scaling.pop("rope_theta")

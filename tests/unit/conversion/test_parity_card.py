@@ -1,4 +1,4 @@
-"""tools/convert.py verify: the card, the exit status, and what is refused."""
+"""`convert verify`: the card, the exit status, and what is refused."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ TENSORS = 30  # of three Llama layers, with embedding, final norm and output lay
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf/ and megatron/ of a model that TP 2 (one KV head) and PP 2 (three layers) cannot divide."""
+    """Make hf/ and megatron/ of a model that TP 2 (one KV head) and PP 2 (three layers) cannot divide."""
     root = tmp_path_factory.mktemp("base")
     make_llama(root / "hf", torch.bfloat16, num_hidden_layers=3, num_key_value_heads=1)
     import_hf(root / "hf", root / "megatron")
@@ -172,8 +172,8 @@ def test_prompts_of_dms_models(tmp_path: Path) -> None:
 
 
 def test_error_of_one_rank_is_one_line_and_ends_the_others(tmp_path: Path) -> None:
-    """The first stage meets a token that the model does not have, while the second waits for it. Catches: a
-    wait without end, a traceback in the place of the reason."""
+    """The first stage meets a token that the model does not have, while the second stage waits for the
+    first. Catches: a wait without end, a traceback in the place of the reason."""
     import_hf(make_qwen3(tmp_path / "hf"), tmp_path / "megatron")
     prompts = Prompts(positions=tuple(range(8)), vocab=100 * VOCAB)
     with pytest.raises(

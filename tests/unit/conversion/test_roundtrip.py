@@ -1,4 +1,4 @@
-"""import then export: every byte comes back; the fused layouts against loops of their own."""
+"""Import and then export gives back every byte; the fused layouts are compared with loops."""
 
 import json
 import re
@@ -187,7 +187,8 @@ def test_the_family_that_the_docs_add_converts(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_frequencies_that_older_checkpoints_carry_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    """As in meta-llama/Llama-2-7b-hf. Catches: refusing them, losing them, taking those of another RoPE."""
+    """meta-llama/Llama-2-7b-hf is such a checkpoint. Catches: refusing the frequencies, losing them,
+    taking those of another RoPE."""
     source = make_qwen3(tmp_path / "hf", torch.float16)
     tensors = load_file(source / "model.safetensors")
     frequencies = (1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)).to(dtype)

@@ -1,4 +1,4 @@
-"""Tensors read a few rows at a time: every piece where it belongs, however the tensor is stored."""
+"""Tensors are read a few rows at a time: every piece lands where it belongs, however the tensor is stored."""
 
 import tempfile
 from argparse import Namespace
@@ -18,7 +18,7 @@ from tests.support.checkpoint_edits import join
 
 
 def on_disk(path: Path, tensor: torch.Tensor) -> FileRows:
-    """The tensor behind 3 bytes of something else."""
+    """Store the tensor behind 3 bytes of something else."""
     path.write_bytes(b"..." + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return FileRows(path, 3, tensor.dtype, tuple(tensor.shape))
 
@@ -95,8 +95,8 @@ def test_a_file_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
 def test_padding_of_any_vocabulary_at_any_layout_is_left_out(
     vocab: int, multiple: int, tp: int, hidden: int
 ) -> None:
-    """What ranks save of a padded vocabulary, one chunk each. Catches: rows lost, doubled or left over where
-    the last rank holds some padding, or only padding."""
+    """Each rank saves one chunk of a padded vocabulary. Catches: rows lost, doubled or left over where the
+    last rank holds some padding, or only padding."""
     args = Namespace(make_vocab_size_divisible_by=multiple, tensor_model_parallel_size=tp)
     set_model_args(args, Namespace(rope_parameters={}, vocab_size=vocab))
     padded = args.padded_vocab_size

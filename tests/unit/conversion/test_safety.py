@@ -27,7 +27,7 @@ KILLS = 24  # of each conversion
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf (Llama in three files), megatron (the same, imported) and old (Qwen3): never changed."""
+    """Make hf (Llama in three files), megatron (hf, imported) and old (Qwen3); no test changes them."""
     folder = tmp_path_factory.mktemp("inputs")
     make_llama(folder / "hf", torch.bfloat16)
     make_qwen3(folder / "old", torch.bfloat16)
@@ -48,8 +48,9 @@ def refused(read: Callable[[Path], object], folder: Path) -> bool:
 
 
 def killed_after(seconds: float, conversion: Callable[[], object]) -> bool:
-    """Run it in a process of its own and kill -9 that; False if it was over before. A fork, because starting
-    Python and torch 48 times would take minutes.
+    """Run a conversion in a forked process and kill -9 that process; return False if it had ended before.
+
+    A fork, because starting Python and torch 48 times would take minutes.
     """
     pid = os.fork()
     if pid == 0:

@@ -1,5 +1,5 @@
-"""The training samples: chunks by hand, every target exactly once, order by seed and epoch alone, corrupt
-files."""
+"""The training samples: chunks worked out by hand, every target exactly once, an order that depends on
+seed and epoch alone, and corrupt files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_dms.data.token_files import DataError, TokenFile, check_pair
 
 
 def write_set(folder: Path, documents: list[list[int]], masks: list[list[int]] | None = None) -> str:
-    """Four files as tools/preprocess_data.py writes them; every token counts where no masks are given."""
+    """Write the four files that preprocessing writes; every token counts if no masks are given."""
     prefix = str(folder / "set")
     masks = masks if masks is not None else [[1] * len(document) for document in documents]
     for name, rows, dtype in ((prefix, documents, np.uint16), (f"{prefix}_loss_mask", masks, np.uint8)):
@@ -205,7 +205,8 @@ def test_missing_files_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_masks_of_other_documents_are_refused(tmp_path: Path) -> None:
-    """Same total size, other documents. Catches: only sizes or only counts compared."""
+    """The masks have the same total size, but belong to other documents. Catches: only sizes or only
+    counts compared."""
     with pytest.raises(DataError, match="found 2 entries in document 0, expected 3"):
         check_pair(write_set(tmp_path, [[1, 2, 3], [4, 5]], [[1, 1], [1, 1, 1]]))
     with pytest.raises(DataError, match="found 1 documents, expected 2"):
@@ -225,8 +226,8 @@ def test_token_ids_in_the_middle_are_checked_when_read(
 
 
 def test_splits_are_contiguous_and_complete(tmp_path: Path) -> None:
-    """10 documents at 8,1,1: 0…7 shuffled, 8 and 9 in order. Catches: overlapping or shuffled validation
-    documents."""
+    """10 documents are split 8,1,1: 0…7 are shuffled, 8 and 9 stay in order. Catches: overlapping or
+    shuffled validation documents."""
     prefix = write_set(tmp_path, [[10 * k, 10 * k + 1] for k in range(10)])
     config = data_config(arguments(data_path=[prefix], split="8,1,1"))
     train, valid, test = build_datasets(config, (8, 3, 1))
@@ -252,7 +253,7 @@ def test_empty_splits(tmp_path: Path) -> None:
 
 
 def arguments(**changes: object) -> Namespace:
-    """The part of Megatron's namespace that is read here, at its defaults."""
+    """Return the part of Megatron's namespace that is read here, at its defaults."""
     defaults: dict[str, object] = {name: None for name in ("data_path", "split", "dataloader_type")}
     defaults |= {f"{name}_data_path": None for name in ("train", "valid", "test")}
     defaults |= {"seq_length": 4, "seed": 7, "consumed_train_samples": 16, "consumed_valid_samples": 2}
@@ -312,12 +313,9 @@ def test_validate_looks_at_the_files(tmp_path: Path) -> None:
 
 
 def test_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What pretrain() calls: every rank builds, padding from the tokenizer, and a finished run may start
-    again.
-
-    Catches: is_distributed missing, a length of exactly what is consumed (the sampler asserts), the padding
-    token or the vocabulary size not passed on.
-    """
+    """Calls the provider as pretrain() does: every rank builds, the padding comes from the tokenizer, and
+    a finished run may start again. Catches: is_distributed missing, a length of exactly what is consumed
+    (the sampler asserts), the padding token or the vocabulary size not passed on."""
     prefix = write_set(tmp_path, [[1, 2]] * 10)
     tokenizer = Namespace(pad=3, vocab_size=50)
     monkeypatch.setattr("megatron.training.get_args", lambda: arguments(data_path=[prefix], split="8,2,0"))
@@ -340,8 +338,9 @@ def test_names_are_in_one_place() -> None:
 
 
 def test_a_file_that_dies_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut short, unreadable, removed. Catches: a memory map (the test would die of a bus error), garbage in
-    place of missing bytes, an error without the file's name, a reader that a worker cannot be given."""
+    """The file is cut short, made unreadable, or removed. Catches: a memory map (the test would die of a
+    bus error), garbage in place of missing bytes, an error without the file's name, a reader that a worker
+    cannot be given."""
     prefix = write_set(tmp_path, [[1, 2, 3], [4, 5, 6, 7]])
     tokens = TokenFile(prefix)
     assert list(tokens.read(1, 1, 2)) == list(pickle.loads(pickle.dumps(tokens)).read(1, 1, 2)) == [5, 6]

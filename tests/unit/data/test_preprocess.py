@@ -162,10 +162,8 @@ BAD_LINES = [
 
 @pytest.mark.parametrize(("bad", "found"), BAD_LINES)
 def test_bad_lines_are_named(tokenizer_dir: str, tmp_path: Path, bad: bytes, found: str) -> None:
-    """One line with FILE:LINE (blank lines counted), and nothing left where the output would be.
-
-    Catches: a check removed, line numbers that skip blank lines, a folder left behind.
-    """
+    """One line names FILE:LINE (blank lines counted), and nothing is left where the output would be.
+    Catches: a check removed, line numbers that skip blank lines, a folder left behind."""
     source = write_lines(tmp_path / "in.jsonl", line(text="a"), b"", bad)
     with pytest.raises(DataError) as error:
         preprocess(PreprocessConfig((source,), tokenizer_dir, str(tmp_path / "out" / "data")))
@@ -182,17 +180,15 @@ def test_templates_may_refuse_messages(tokenizer_dir: str) -> None:
 
 
 def many_documents(path: Path, count: int) -> str:
-    """Documents of 1 to 7 words "a", told apart by their lengths and last words."""
+    """Write documents of 1 to 7 words "a"; their lengths and last words tell them apart."""
     return write_lines(
         path, *(line(text=" ".join(["a"] * (k % 7) + [WORDS[6 + k % 4]])) for k in range(count))
     )
 
 
 def test_files_by_hand_and_replaced(tokenizer_dir: str, tmp_path: Path) -> None:
-    """Documents, masks, counts and data types as written; a second run replaces the first.
-
-    Catches: target_tokens counting first tokens, skipped documents written, --max-documents off by one.
-    """
+    """Documents, masks, counts and data types are those written; a second run replaces the first. Catches:
+    target_tokens counting first tokens, skipped documents written, --max-documents off by one."""
     no_answer = line(messages=[{"role": "user", "content": "a"}])
     source = write_lines(
         tmp_path / "in.jsonl", line(messages=CHAT), no_answer, line(text="a b"), line(text="d")
@@ -266,10 +262,8 @@ def test_tool_and_workers(tokenizer_dir: str, tmp_path: Path) -> None:
 
 
 def test_tool_says_what_is_wrong_in_one_line(tokenizer_dir: str, tmp_path: Path) -> None:
-    """A bad line met by a worker process: one line on stderr, exit code 2, nothing written.
-
-    Catches: an error lost in a worker, tracebacks, another exit code.
-    """
+    """A worker process meets a bad line: one line on stderr, exit code 2, nothing written. Catches: an
+    error lost in a worker, tracebacks, another exit code."""
     source = write_lines(tmp_path / "in.jsonl", *[line(text="a")] * 20, b"{", *[line(text="a")] * 200)
     done = run_tool(
         "preprocess",

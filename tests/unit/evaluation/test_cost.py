@@ -1,4 +1,4 @@
-"""tools/evaluate.py cost: figures equal to counting by hand, whatever the batches; and every bad input."""
+"""`evaluate cost`: figures equal to counting by hand, whatever the batches; and every bad input."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def by_hand(model) -> list[ByHand]:
 
 
 def that_ends(lag: int = 1):
-    """A model whose second answer ends early."""
+    """Return a model whose second answer ends early."""
     model = tiny_model(lag=lag)
     answer = greedy_by_hand(model, random_tokens(1, LENGTHS[1], seed=LENGTHS[1]), NEW)[
         0, LENGTHS[1] :

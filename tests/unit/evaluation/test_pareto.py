@@ -1,4 +1,4 @@
-"""Pareto fronts against brute force, mean gains against closed forms."""
+"""Pareto fronts against brute force, and mean gains against closed forms."""
 
 from math import log
 

@@ -1,4 +1,4 @@
-"""tools/evaluate.py run and score: interrupted or not, with or without models, the same table."""
+"""`evaluate run` and `score`: interrupted or not, with or without models, the table is the same."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.fixture(scope="module")
 def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an evaluation that nothing interrupted; not to be changed."""
+    """Return the folder of an evaluation that nothing interrupted; no test changes it."""
     out = tmp_path_factory.mktemp("finished") / "out"
     done = inputs.run(out)
     assert done.status == 0, done.errors
@@ -40,7 +40,7 @@ def copy(finished: Path, tmp_path: Path) -> Path:
 
 
 def results(out: Path) -> dict:
-    """Without what a clock says."""
+    """Return the results without the seconds that a clock measured."""
     found = json.loads((out / "results.json").read_text())
     for row in found["rows"]:
         assert row.pop("seconds") > 0
@@ -95,8 +95,9 @@ def test_table_files_and_report(inputs: Inputs, finished: Path) -> None:
 
 @pytest.mark.parametrize("calls", [0, 1, 13])
 def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path, monkeypatch, calls) -> None:
-    """Stopped before the first batch, in the middle of a run, and among the last; half a line is left.
-    Catches: a random state that goes on from batch to batch, a batch that is generated twice or never."""
+    """The run is stopped before the first batch, in the middle of a run, and among the last; half a line
+    is left. Catches: a random state that goes on from batch to batch, a batch that is generated twice or
+    never."""
     out, generate, made = tmp_path / "out", runner.generate, []
 
     def until(*arguments):
@@ -130,8 +131,8 @@ def test_methods_and_seeds_may_be_added(inputs: Inputs, finished: Path, tmp_path
 
 
 def test_rescoring_needs_no_models(inputs: Inputs, copy: Path, monkeypatch) -> None:
-    """In another folder and without the models. Catches: a path that only holds in the first folder, a table,
-    report or sample that grading again changes."""
+    """Scores in another folder and without the models. Catches: a path that only holds in the first
+    folder, a table, report or sample that grading again changes."""
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     (copy / "report.html").unlink()
     monkeypatch.chdir(copy.parent)
@@ -295,8 +296,8 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_prompts_are_asked_in_the_batches_own_seed() -> None:
-    """The same for all methods, another for each seed and batch. Catches: seed 1 of one batch that is seed 0
-    of the next, as with sums."""
+    """The seed is the same for all methods, and another for each seed and batch. Catches: seed 1 of one
+    batch that is seed 0 of the next, as with sums."""
     batches = [[runner.Prompted(name, [1])] for name in ("p0", "p1")]
     seeds = {runner._seed(seed, batch) for seed in (0, 1) for batch in batches}
     assert len(seeds) == 4

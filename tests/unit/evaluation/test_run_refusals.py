@@ -1,4 +1,4 @@
-"""tools/evaluate.py run and score: what is refused, in one line, and what is left untouched then."""
+"""`evaluate run` and `score`: what is refused, in one line, and what is then left untouched."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 def dms_with(inputs: Inputs, folder: Path, **config: object) -> Inputs:
-    """A copy of the DMS model with other entries in its config.json."""
+    """Copy the DMS model, with other entries in its config.json."""
     shutil.copytree(inputs.dms, folder)
     entries = json.loads((folder / "config.json").read_text())
     assert set(config) <= set(entries)

@@ -1,4 +1,7 @@
-"""Samples and settings on disk: interruptions, damage, what may change between calls. No model, no torch."""
+"""Samples and settings on disk: interruptions, damage, and what may change between calls.
+
+These tests need no model and no torch.
+"""
 
 import json
 from dataclasses import asdict
@@ -19,8 +22,8 @@ def test_samples_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_an_interruption_leaves(tmp_path: Path) -> None:
-    """The file cut at every byte. Catches: half a batch that counts, a file that `score` cuts while `run`
-    writes to it, new lines after half of one."""
+    """The file is cut at every byte. Catches: half a batch that counts, a file that `score` cuts while
+    `run` writes to it, new lines after half of one."""
     complete = SampleFile(tmp_path / "complete.jsonl")
     batches = [
         [sample("p0", ["a"], batch(0))],

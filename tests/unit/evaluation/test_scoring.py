@@ -1,4 +1,7 @@
-"""Budgets, figures from samples, Pareto figures and the report: no model, no torch."""
+"""Budgets, figures from samples, Pareto figures and the report.
+
+These tests need no model and no torch.
+"""
 
 import re
 from html import unescape
@@ -27,7 +30,7 @@ W3 = Budget(3, 8, 4.0)
 
 
 def task(by_vote: bool = True) -> Task:
-    """Two problems whose answers are "a" and "b"; an empty text has no answer."""
+    """Return two problems whose answers are "a" and "b"; an empty text has no answer."""
     return Task(
         "letters",
         by_vote,
@@ -129,7 +132,7 @@ def test_everything_evicted_is_no_division_by_zero() -> None:
 
 
 def row(method: str, budget: str, cost: float, accuracy: float) -> Row:
-    """Costs of the three axes in a ratio of 1 : 2 : 3; intervals of 0.1 either side."""
+    """Return a row whose costs on the three axes are 1 : 2 : 3, with intervals of 0.1 on either side."""
     known = Estimate(accuracy, accuracy - 0.1, accuracy + 0.1, 7)
     numbers = {"dense_kv_reads": 9.0, "peak_bytes": 9.0, "generated_tokens": 9.0, "truncated": 0.0}
     costs = {"kv_reads": cost, "peak_tokens": 2 * cost, "seconds": 3 * cost, "looping": 0.0}

@@ -10,7 +10,7 @@ from tests.support.task_cases import ARC, HELLASWAG, MMLU, graded, question, wri
 
 
 def gpqa_file(path: Path, ids: list[str]) -> Path:
-    """As on the hub: other columns first, texts with commas, quotes and line ends."""
+    """Write rows as on the hub: other columns first, texts with commas, quotes and line ends."""
     names = [
         "Canary String",
         "Question",

@@ -21,7 +21,7 @@ CALLS = [{"input": '[1, 2]\n"a"', "output": '["a", 3]', "testtype": "functional"
 
 
 def pack(value: Any) -> str:
-    """As the dataset does: pickled, compressed, base64."""
+    """Pack tests as the dataset does: pickled, compressed, base64."""
     return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
 
 

@@ -14,7 +14,7 @@ LONGEST_SENTENCE = 20  # words of the filler, generously
 
 
 class Words:
-    """A tokenizer of words; with a template, a chat costs 7 tokens more."""
+    """A tokenizer of words; a template adds 7 tokens to a chat."""
 
     def __init__(self, template: bool) -> None:
         self.chat_template = "{{ messages }}" if template else None
@@ -88,10 +88,8 @@ def test_needles() -> None:
 
 
 def test_variables() -> None:
-    """The program in the text, run, gives the answer.
-
-    Catches: assignments out of order, distractors that lead to the value asked for, names in the filler.
-    """
+    """Runs the program in the text; the program gives the answer. Catches: assignments out of order,
+    distractors that lead to the value asked for, names in the filler."""
     task = load_task("ruler_vt", limit=30, tokenizer=Words(True), length=700, chains=3, hops=5)
     for problem in task.problems:
         text, end = text_of(problem).rsplit("\n\n", 1)

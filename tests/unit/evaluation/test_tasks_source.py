@@ -1,4 +1,4 @@
-"""Which files a folder's rows come from, the hub, and files that are not as they should be."""
+"""Which files the rows of a folder come from, the hub, and files that are not as they should be."""
 
 import gzip
 import json

@@ -120,8 +120,9 @@ def test_trials_differ_from_the_standard_in_what_they_are_named_after() -> None:
 
 @pytest.mark.parametrize("lag", [0, 2])
 def test_where_pairs_are_kept(lag: int, tmp_path: Path) -> None:
-    """Against the reference's decisions, text by text. Catches: a decision counted for the token that
-    carries it rather than for its pair, texts of other lengths averaged in, heads and layers exchanged."""
+    """Compares with the reference's decisions, text by text. Catches: a decision counted for the token
+    that carries it rather than for its pair, texts of other lengths averaged in, heads and layers
+    exchanged."""
     folder = export_with_tokenizer(tmp_path / "model", lag=lag, window=5)
     problems = script("trials").heldout_set(3)
     found = script("where").kept_fractions(folder, problems)
@@ -162,10 +163,9 @@ def test_committed_results_are_of_todays_claims() -> None:
 
 
 def test_methods_asks_for_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line that the claim gives to tools/evaluate.py, and the whole of `main` around it.
+    """Runs the command line that the claim gives to `evaluate`, and the whole of `main` around it.
     Catches: models of another seed, a CR without its checkpoint, a method that runs nothing, results
-    without command or
-    commit."""
+    without command or commit."""
     claims, asked = script("claims"), []
 
     def evaluate(tool: Path, *arguments: object) -> str:

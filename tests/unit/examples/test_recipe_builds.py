@@ -1,6 +1,6 @@
-"""The recipes of examples/: the models of each, built at its real layout without memory for weights.
+"""The models of each recipe in examples/, built at the recipe's real layout without memory for weights.
 
-What is built is compared with transformers' model of the same config.json, name by name and shape by shape,
+Each model is compared with transformers' model of the same config.json, name by name and shape by shape,
 and with the planner's account, byte by byte.
 """
 
@@ -35,7 +35,8 @@ TOKENIZER = EXAMPLES / "tiny_reasoner" / "base"
 
 
 def write_hf(folder: Path, recipe: str) -> None:
-    """A HF folder with every tensor of the model, all holes: a file of that length that takes no disk."""
+    """Write a HF folder with every tensor of the model, all holes: the file has its length and takes no
+    disk."""
     folder.mkdir(parents=True)
     header, end = {}, 0
     for name, shape in hf_shapes(recipe).items():
@@ -50,7 +51,7 @@ def write_hf(folder: Path, recipe: str) -> None:
 
 
 def write_data(prefix: Path) -> None:
-    """One document of seven tokens, all targets."""
+    """Write one document of seven tokens, all of them targets."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix.parent.mkdir(exist_ok=True)
@@ -71,7 +72,7 @@ BROKEN = {  # -> (flags behind those of qwen3-8b/adapter, what is said)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
-    """Of every recipe and of BROKEN: what each rank of one model (TP x PP) has, from recipe_builds.py."""
+    """Return what each rank of one model (TP x PP) has, for every recipe and every case of BROKEN."""
     folder = tmp_path_factory.mktemp("recipes")
     cases = {}
     for model in MODELS:
@@ -94,8 +95,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 
 
 def expected_shapes(recipe: Recipe, stage: int) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Megatron's tensors of one stage -> (shape on one rank, whether it is divided by TP), from
-    transformers' tensors."""
+    """Derive Megatron's tensors of one stage from transformers' tensors.
+
+    Returns the shape on one rank, and whether TP divides the tensor.
+    """
     hf, layout = hf_shapes(recipe.model.folder), recipe.layout
     tp, layer = layout.tp, "model.layers.0."
     found: dict[str, tuple[tuple[int, ...], bool]] = {}
@@ -141,7 +144,7 @@ def expected_shapes(recipe: Recipe, stage: int) -> dict[str, tuple[tuple[int, ..
 
 
 def with_predictor(recipe: Recipe, shapes: dict) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """DMS.md: G x hidden, a bias where the queries have one, and a norm of its own."""
+    """Add the predictor (DMS.md): G x hidden, a bias where the queries have one, and a norm of its own."""
     config = json.loads((EXAMPLES / recipe.model.folder / "config.json").read_text())
     groups, hidden = config["num_key_value_heads"], config["hidden_size"]
     assert groups % recipe.layout.tp == 0
@@ -157,7 +160,7 @@ def with_predictor(recipe: Recipe, shapes: dict) -> dict[str, tuple[tuple[int, .
 
 
 def split(rank: dict) -> tuple[dict[str, list], dict[str, list]]:
-    """(student's, teacher's) parameters by name: shape, bytes of an element, trained."""
+    """Return the parameters of student and teacher by name: shape, bytes of an element, trained or not."""
     parts: tuple[dict, dict] = ({}, {})
     for name, *rest in rank["parameters"]:
         of_teacher = name.startswith("_teacher_model.")
@@ -166,7 +169,7 @@ def split(rank: dict) -> tuple[dict[str, list], dict[str, list]]:
 
 
 def check_shapes(recipe: Recipe, ranks: list[dict]) -> None:
-    """Every tensor of student and teacher on every rank; all of them together are the whole model."""
+    """Check every tensor of student and teacher on every rank; all ranks together hold the whole model."""
     layout, kind = recipe.layout, recipe.setting.recipe
     places = [(rank["stage"], rank["tp_rank"]) for rank in ranks]
     assert places == [(stage, k) for stage in range(layout.pp) for k in range(layout.tp)]
@@ -193,11 +196,9 @@ def check_shapes(recipe: Recipe, ranks: list[dict]) -> None:
 
 @every_recipe
 def test_shapes(built: dict[str, list], name: str) -> None:
-    """Student and teacher on all ranks of a TP x PP group, against transformers' model divided by hand.
-
-    Catches: a config.json or a layout that does not divide, a stage with the wrong layers, a tensor that is
-    not divided, a teacher that is missing, or is a copy where it should be the student itself.
-    """
+    """Compares student and teacher on all ranks of a TP x PP group with transformers' model, divided by
+    hand. Catches: a config.json or a layout that does not divide, a stage with the wrong layers, a tensor
+    that is not divided, a teacher that is missing, or is a copy where it should be the student itself."""
     assert not [found for found in built[name] if isinstance(found, str)], built[name]
     check_shapes(RECIPES[name], built[name])
 
@@ -219,18 +220,16 @@ def test_a_wrong_shape_is_seen(built: dict[str, list]) -> None:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_layout_is_refused(built: dict[str, list], name: str) -> None:
-    """Through the same way as the recipes. Catches: a build that would take anything."""
+    """Builds broken layouts in the same way as the recipes. Catches: a build that would take anything."""
     (found,) = built[name]
     assert found.startswith("StartupError: ") and BROKEN[name][1] in found, found
 
 
 @every_recipe
 def test_memory(built: dict[str, list], name: str) -> None:
-    """Bytes of what was built are the planner's, to the byte; the fullest stage leaves a tenth of 80 GB.
-
-    Catches: a frozen weight that gets gradients, an optimizer that is not divided over DP, a teacher counted
-    where there is none, a layout or batch that Megatron understands in another way.
-    """
+    """The bytes of what was built are the planner's, to the byte; the fullest stage leaves a tenth of 80
+    GB. Catches: a frozen weight that gets gradients, an optimizer that is not divided over DP, a teacher
+    counted where there is none, a layout or batch that Megatron understands in another way."""
     recipe = RECIPES[name]
     setting, layout = recipe.setting, recipe.layout
     for rank in built[name]:
@@ -263,10 +262,8 @@ def test_a_wrong_number_of_bytes_is_seen(built: dict[str, list]) -> None:
 
 @every_recipe
 def test_settings(built: dict[str, list], name: str) -> None:
-    """DMS.md, 5, as Megatron understood the flags; the adapter's on one node.
-
-    Catches: a setting mistyped, and a checkpoint of CR 4 or 8 that is never saved.
-    """
+    """Compares the flags, as Megatron understood them, with DMS.md, section 5; those of the adapter are
+    for one node. Catches: a setting mistyped, and a checkpoint of CR 4 or 8 that is never saved."""
     recipe, said = RECIPES[name], built[name][0]["args"]
     size = preset(recipe.model.preset)
     assert (said["lr"], said["adam_beta1"], said["adam_beta2"]) == (3e-5, 0.9, 0.95)

@@ -57,10 +57,9 @@ def test_bad_data(tmp_path: Path, rows: list[dict], said: str) -> None:
 
 
 def test_r1_chats_keep_their_thoughts() -> None:
-    """As DeepSeek-R1-Distill-Qwen's own template, but for what it drops, written out by hand.
-
-    Catches: thoughts left out, a target in the user's turn, an answer that does not learn to end.
-    """
+    """Compares with DeepSeek-R1-Distill-Qwen's own template, written out by hand with the thoughts that
+    the template drops. Catches: thoughts left out, a target in the user's turn, an answer that does not
+    learn to end."""
     encoder = DocumentEncoder(str(TOKENIZER), chat_template=TEMPLATE)
     tokenizer = encoder.tokenizer
     special = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}

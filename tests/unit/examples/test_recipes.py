@@ -29,7 +29,7 @@ from tests.support.tools import run_tool
 
 
 def test_one_node_holds_32k_tokens_of_qwen3_8b() -> None:
-    """By the planner's account."""
+    """Checks the claim by the planner's account."""
     recipe = RECIPES["qwen3-8b/adapter"]
     assert recipe.nodes == 1 and recipe.setting.context == 32768 and recipe.layout.cp == 1
     assert recipe.layout.ranks == 8 and recipe.plan.memory.total < 80e9
@@ -37,8 +37,8 @@ def test_one_node_holds_32k_tokens_of_qwen3_8b() -> None:
 
 @every_recipe
 def test_layouts_are_the_planners(name: str) -> None:
-    """Within 5 % of the fastest that fits without context parallelism, which is left to those who have tried
-    it. Catches: a layout from before a change."""
+    """Each layout is within 5 % of the fastest that fits without context parallelism. Context parallelism
+    is left to those who have tried it. Catches: a layout from before a change."""
     recipe = RECIPES[name]
     room = replace(DEVICES["h100"], memory=ROOM)
     found = find_layouts(recipe.setting, recipe.layout.ranks, room, Assumptions(), {"cp": 1})
@@ -83,17 +83,15 @@ def test_pages_are_todays() -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Words of the command lines of a page."""
+    """Return the words of the command lines of a page."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for block in text.split("```")[1::2]:
         yield from (shlex.split(line) for line in block.splitlines() if line.strip())
 
 
 def test_commands_are_real() -> None:
-    """Of all pages: scripts and env files exist, and every flag is in its command's --help.
-
-    Catches: a command line that was never typed.
-    """
+    """Checks all pages: scripts and env files exist, and every flag is in its command's --help. Catches: a
+    command line that was never typed."""
     flags: dict[tuple[str, ...], set[str]] = {}
     for model in MODELS:
         for words in commands(EXAMPLES / model.folder / "README.md"):

@@ -24,7 +24,7 @@ GOLDEN_QUESTION = (
 
 
 def script(name: str) -> ModuleType:
-    """A module of the example's folder, imported as the scripts there import each other."""
+    """Import a module of the example's folder as the scripts there import each other."""
     return importlib.import_module(name)
 
 
@@ -40,7 +40,8 @@ def tokenizer() -> Any:
 
 
 def solve(question: str) -> tuple[dict[str, int], str]:
-    """An interpreter of its own, Python's `eval` on each line: (every value by name, the name asked for)."""
+    """Work out a problem line by line with Python's `eval`; return every value by name, and the name asked
+    for."""
     *lines, last = question.split(" ; ")
     values: dict[str, int] = {}
     for line in lines:

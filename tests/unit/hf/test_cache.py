@@ -1,4 +1,5 @@
-"""The cache that forgets: whatever way the tokens come in, the logits are those of the masked forward."""
+"""The cache that forgets: in whatever chunks the tokens come in, the logits are those of the masked
+forward."""
 
 import copy
 import itertools
@@ -16,7 +17,7 @@ T = 23
 
 
 def held(cache):
-    """[layers, B, KV heads]: pairs in the cache."""
+    """Return the number of pairs in the cache, [layers, B, KV heads]."""
     return torch.stack([layer.held_BG for layer in cache.layers])
 
 

@@ -1,4 +1,4 @@
-"""An exported folder stands on its own: settings in config.json, code beside the weights, no package."""
+"""An exported folder works without the package: settings in config.json, code beside the weights."""
 
 import json
 import sys
@@ -57,7 +57,7 @@ PREDICTORS = {"qwen3": "query_channel", "llama": "linear", "mistral": "query_cha
 
 @pytest.fixture(scope="module")
 def loaded_without_the_package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What one process that cannot import the package generates with the export of each family."""
+    """Return what one process that cannot import the package generates with the export of each family."""
     folder = tmp_path_factory.mktemp("exports")
     for family, predictor in PREDICTORS.items():
         export(tiny_model(family, predictor=predictor), folder / family)

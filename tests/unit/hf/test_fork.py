@@ -1,4 +1,4 @@
-"""A prompt for several sequences is computed once; and a cache that failed half-way says so."""
+"""A prompt for several sequences is computed once, and a cache that failed half-way says so."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ SEVERAL = {
 
 
 def count_tokens(model):
-    """A list that gets [rows, tokens] of every forward of the first layer."""
+    """Return a list that gets [rows, tokens] of every forward of the first layer."""
     sizes = []
     layer = model.model.layers[0].self_attn.q_proj
     layer.register_forward_hook(lambda module, args, out: sizes.append(tuple(out.shape[:2])))
@@ -127,8 +127,8 @@ def test_a_conversation_goes_on_from_an_unforked_cache(agree):
 
 
 class Exhausted:
-    """Stands for pages_dms.allocate: the `fail_at`-th call from now on runs out of memory, as do later
-    ones."""
+    """Stands for pages_dms.allocate: the `fail_at`-th call from now on runs out of memory, and so do later
+    calls."""
 
     def __init__(self, fail_at):
         self.left = fail_at

@@ -1,4 +1,4 @@
-"""generate(): the tokens of the masked forward, and statistics that match counting by hand."""
+"""generate() gives the tokens of the masked forward, and statistics that match counting by hand."""
 
 import json
 
@@ -16,7 +16,11 @@ GREEDY = {"do_sample": False, "max_new_tokens": NEW}
 
 
 def cost_by_hand(model, ids_T, prompt, produced):
-    """(reads, peak, decisions to evict per [layer, head], decided tokens) of one sequence, by definition."""
+    """Count the cost of one sequence by definition.
+
+    Returns the reads, the peak, the decisions to evict per [layer, head], and the number of decided
+    tokens.
+    """
     window, lag = model.dms_settings.window, model.dms_settings.lag
     seen = prompt + produced - 1
     decision = reference(model, ids_T[:seen]).decision

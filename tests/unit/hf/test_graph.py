@@ -1,4 +1,5 @@
-"""GraphedStep without a GPU: what a step does to tensors is recorded, and executed again as a graph would."""
+"""GraphedStep without a GPU: the tensor operations of a step are recorded, and executed again as a graph
+would."""
 
 import copy
 
@@ -56,7 +57,7 @@ class Recording(TorchDispatchMode):
 
 
 class NoHost(TorchFunctionMode):
-    """Refuses what copies a tensor to the host without an aten call, on a CPU."""
+    """Refuses operations that copy a tensor to the host without an aten call, on a CPU."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         assert getattr(function, "__name__", "") not in ("tolist", "cpu", "numpy"), (
@@ -66,7 +67,7 @@ class NoHost(TorchFunctionMode):
 
 
 class RecordedStep(GraphedStep):
-    """Captures with Recording. Like a capture, that changes nothing: only the replay does."""
+    """Captures with Recording. Like a real capture, this changes nothing: only the replay does."""
 
     device_type = "cpu"
     warm_ups = captures = 0

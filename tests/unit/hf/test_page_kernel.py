@@ -44,8 +44,8 @@ def test_interpreted_kernels_match_the_reference(case: Case, interpreted: dict[s
 
 @pytest.mark.parametrize("name", GROWN_CASES)
 def test_free_pages_change_no_bit(name: str, interpreted: dict[str, torch.Tensor]) -> None:
-    """Two calls, the second in a larger pool. Catches: a sum whose order depends on the pool's size, or on
-    what was in memory before (torch.empty gives NaN in that process)."""
+    """Makes two calls, the second in a larger pool. Catches: a sum whose order depends on the pool's size,
+    or on what was in memory before (torch.empty gives NaN in that process)."""
     assert torch.equal(interpreted[name], interpreted[f"{name}, grown"])
 
 

@@ -1,4 +1,4 @@
-"""Pages, rings and slots by themselves, without a model: against lists of pairs kept by the definition."""
+"""Pages, rings and slots by themselves, without a model, against lists of pairs kept by the definition."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def random_tensor(*shape, dtype=torch.float64, seed=0):
 
 
 def softmax_over_pairs(q_RD, k_KD, v_KD, scale):
-    """[R, D], without any page; 0 where there is no pair."""
+    """Attend without pages: [R, D], and 0 where there is no pair."""
     if not len(k_KD):
         return q_RD.new_zeros(len(q_RD), v_KD.shape[1])
     return torch.nn.functional.scaled_dot_product_attention(q_RD[None], k_KD[None], v_KD[None], scale=scale)[
@@ -169,7 +169,7 @@ def test_any_way_of_feeding_keeps_the_pairs_of_the_definition(data):
 
 
 def live(tokens, g, window, lag):
-    """Positions that head g holds after these tokens: what their last one reads."""
+    """Return the positions that head g holds after these tokens: those that the last token reads."""
     decision = [bool(evict[g]) for _, _, evict in tokens]
     last = len(tokens) - 1
     return [j for j in range(len(tokens)) if not is_gone(decision, j, last, window, lag)]

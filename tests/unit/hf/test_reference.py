@@ -1,8 +1,5 @@
-"""The exported model against a second implementation of DMS, written here from its definition, in fp64.
-
-`reference` shares nothing with the package or with transformers' attention: projections, RoPE, decisions, the
-mask (as loops over pairs) and the MLP are spelled out, so that an error has to be made twice to go unseen.
-"""
+"""The exported model against a second implementation of DMS, written from its definition
+(dms_by_definition.py)."""
 
 import pytest
 import torch

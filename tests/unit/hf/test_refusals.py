@@ -72,8 +72,8 @@ def test_generate_refuses_at_its_start():
 
 @torch.no_grad()
 def test_chunks_of_a_padded_batch_in_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There transformers gives the tokens wrong positions. Catches: wrong logits in silence; chunks refused
-    where nothing is wrong with them."""
+    """transformers 4 gives the tokens of such chunks wrong positions. Catches: wrong logits in silence;
+    chunks refused where nothing is wrong with them."""
     model, inputs = tiny_model(), left_padded(random_tokens(1, 9), random_tokens(1, 4))
     chunks = {"prefill_chunk_size": 4, "max_new_tokens": 1}
     monkeypatch.setattr(refusals_dms, "__version__", "4.57.6")
@@ -132,7 +132,7 @@ def test_positions_count_embeddings_and_no_padding():
 
 
 def ended_batch(model, ids_BT):
-    """A cache after a batch of which the second sequence ended first, and its output."""
+    """Return a cache after a batch of which the second sequence ended first, and the batch's output."""
     free = model.generate(ids_BT, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     end = int(free[1, ids_BT.shape[1] + 2])
     assert end not in free[0, ids_BT.shape[1] :]
@@ -143,7 +143,8 @@ def ended_batch(model, ids_BT):
 
 @torch.no_grad()
 def test_a_batch_of_which_one_had_ended_is_not_continued():
-    """In one step or many, whatever the mask says. Catches: answers that have padding in their past."""
+    """The batch goes on in one step or many, whatever the mask says. Catches: answers that have padding in
+    their past."""
     model = tiny_model()
     cache, text = ended_batch(model, random_tokens(2, 9))
     more = torch.cat([text, random_tokens(2, 3)], dim=1)
@@ -205,7 +206,8 @@ def test_what_does_not_fit_is_called_by_its_name():
 
 @torch.no_grad()
 def test_a_generation_within_a_generation():
-    """As another thread's could come in between. Catches: what one call knows kept on the model."""
+    """Another thread's generation could come in between like this. Catches: state of one call kept on the
+    model."""
     model, ids_BT = tiny_model(), random_tokens(2, 9)
     model.generate(ids_BT, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     expected = model.last_kv_stats

@@ -11,7 +11,10 @@ PROMPTS, NEW = (13, 6, 9), 17
 
 
 def unequal_model(**settings):
-    """In each layer, head 0 evicts nearly everything and head 1 hardly anything; less so in later layers."""
+    """Return a model whose head 0 evicts nearly everything and whose head 1 hardly anything.
+
+    The difference is smaller in later layers.
+    """
     model = tiny_model("qwen2", predictor="linear", **settings)
     with torch.no_grad():
         for i, layer in enumerate(model.model.layers):
@@ -21,7 +24,7 @@ def unequal_model(**settings):
 
 
 def held_by_hand(model, ids_T, lengths):
-    """[produced, layers, heads]: pairs of one sequence after each of these lengths."""
+    """Count the pairs of one sequence after each of these lengths: [produced, layers, heads]."""
     window, lag = model.dms_settings.window, model.dms_settings.lag
     decision = reference(model, ids_T).decision.tolist()
     return torch.tensor(

@@ -11,8 +11,9 @@ PINS = ROOT / os.environ.get("TRANSFORMERS_PINS", "constraints.txt")
 
 
 def test_it_is_the_one_asked_for(tmp_path: Path) -> None:
-    """Here, and in processes that tests start elsewhere. Catches: a second run of the tests on the first
-    one's transformers, because the folder of the other is empty, comes second, or has a relative path."""
+    """Checks this process, and processes that tests start elsewhere. Catches: a second run of the tests on
+    the first one's transformers, because the folder of the other is empty, comes second, or has a relative
+    path."""
     (wanted,) = [line.strip() for line in PINS.read_text().splitlines() if line.startswith("transformers==")]
     there = run_python("-c", "import transformers; print(transformers.__version__)", cwd=tmp_path).out.strip()
     assert {f"transformers=={transformers.__version__}", f"transformers=={there}"} == {wanted}
