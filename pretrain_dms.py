@@ -15,7 +15,8 @@ SILENT_RANKS_WAIT = 60  # seconds at most: torchrun ends the wait once local ran
 
 
 def main() -> None:
-    from megatron_dms.training.startup import StartupError, check_dms_flags
+    from megatron_dms.errors import StartupError
+    from megatron_dms.training.startup import check_dms_flags
 
     try:
         dms = check_dms_flags(sys.argv[1:])

@@ -1,8 +1,23 @@
-"""The one exception of this room."""
+"""The errors that a user meets. A message is one line: what was found, what was expected, the fix."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what was found, what was expected, and the fix, in one line."""
+    """A checkpoint cannot be used."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))  # names out of a file may hold line ends
+
+
+class DataError(ValueError):
+    """Data cannot be trained on."""
+
+
+class StartupError(ValueError):
+    """A run cannot start, because of a mistake in its flags, its checkpoint or its data.
+
+    one_rank: whether one rank alone meets the mistake, so that no other rank can report it.
+    """
+
+    def __init__(self, line: str, one_rank: bool = False) -> None:
+        super().__init__(line)
+        self.one_rank = one_rank

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from megatron_dms.data.token_files import DataError, check_pair
+from megatron_dms.data.token_files import check_pair
+from megatron_dms.errors import DataError
 
 # (attribute, flag, why it is refused): flags of Megatron's own datasets that ours would silently ignore, and
 # flags under which sample ids or the set of samples would depend on the layout.

@@ -21,7 +21,8 @@ import torch
 from megatron.core.datasets.utils import Split
 
 from megatron_dms.data.data_flags import DataConfig, Source, data_config
-from megatron_dms.data.token_files import DataError, TokenFile, check_pair, loss_mask_prefix
+from megatron_dms.data.token_files import TokenFile, check_pair, loss_mask_prefix
+from megatron_dms.errors import DataError
 
 __all__ = ["ChatDataset", "DataError", "build_datasets", "check_pair", "train_valid_test_datasets_provider"]
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
-from megatron_dms.data.token_files import DataError
+from megatron_dms.errors import DataError
 
 Documents = list[tuple[np.ndarray, np.ndarray]]  # ids [n] int32 and mask [n] uint8 of each document
 

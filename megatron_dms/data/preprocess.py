@@ -21,7 +21,8 @@ import numpy as np
 
 from megatron_dms.data.chat_encoder import DocumentEncoder
 from megatron_dms.data.line_workers import Documents, Line, encode_here, encode_in_workers
-from megatron_dms.data.token_files import DataError, loss_mask_prefix
+from megatron_dms.data.token_files import loss_mask_prefix
+from megatron_dms.errors import DataError
 
 # Large enough that sending a chunk costs nothing beside encoding it, small enough that progress moves and
 # that the workers end at about the same time.

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_dms.errors import DataError
+
 REMAKE = "make the files again with tools/preprocess_data.py"
 _MAGIC = b"MMIDIDX\x00\x00"
 # magic, version, code of the data type, number of sequences, length of the document table
@@ -28,10 +30,6 @@ _TOKEN_DTYPES = (np.uint16, np.int32, np.int64)
 # Token ids and mask values are checked in this many entries at either end of the file: enough for files made
 # with another tokenizer or for a damaged end, and still a fraction of a second for files of many GB.
 _SAMPLED_ENTRIES = 1 << 20
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message is one line: what was found, what was expected, the fix."""
 
 
 def loss_mask_prefix(prefix: str) -> str:

@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_dms.conversion import CheckpointError
-from megatron_dms.data.token_files import DataError, check_pair, loss_mask_prefix
+from megatron_dms.data.token_files import check_pair, loss_mask_prefix
+from megatron_dms.errors import DataError, StartupError
 from megatron_dms.launch.node_report import Finding
-from megatron_dms.training.checks import StartupError
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1e9

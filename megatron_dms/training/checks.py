@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from megatron_dms.config import DMSConfig
+from megatron_dms.errors import StartupError
 
 if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
@@ -72,17 +73,6 @@ _UNSUPPORTED = {
 }
 
 _FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # those that are not called like their setting
-
-
-class StartupError(ValueError):
-    """A mistake in flags, checkpoint or data: one line that says what was found, expected, and the fix.
-
-    one_rank: whether one rank alone meets it, so that no other can say it.
-    """
-
-    def __init__(self, line: str, one_rank: bool = False) -> None:
-        super().__init__(line)
-        self.one_rank = one_rank
 
 
 def check_supported(args: Namespace) -> None:

@@ -6,7 +6,7 @@ that says what was found, what was expected, and the fix.
 
 from argparse import Namespace
 
-from megatron_dms.training.checks import StartupError
+from megatron_dms.errors import StartupError
 
 
 def check_layout(args: Namespace) -> None:

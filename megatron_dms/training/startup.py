@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_dms.arguments import add_dms_arguments, dms_config_from_args
 from megatron_dms.config import DMSConfig, flag_of
+from megatron_dms.errors import StartupError
 from megatron_dms.training import checks
-from megatron_dms.training.checks import StartupError
 
 if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
@@ -67,7 +67,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
 
     from megatron_dms.conversion import CheckpointError
     from megatron_dms.data.data_flags import validate_data_args
-    from megatron_dms.data.token_files import DataError
+    from megatron_dms.errors import DataError
     from megatron_dms.training.layout import check_heads_and_layers, check_layout
     from megatron_dms.training.run_log import mirror_metrics, open_run_log
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_dms.conversion import export_hf, import_hf
-from megatron_dms.training.checks import StartupError
+from megatron_dms.errors import StartupError
 from tests.support.comparison import TOLERANCE, assert_same_curves, cross_entropy
 from tests.support.retrofit import STEPS, VOCAB, WINDOW, Workspace, save_qwen3
 

@@ -28,9 +28,10 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches  # no
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
+from megatron_dms.errors import StartupError  # noqa: E402
 from megatron_dms.training import weights  # noqa: E402
 from megatron_dms.training.build import student_config  # noqa: E402
-from megatron_dms.training.startup import StartupError, check_dms_flags, parse_megatron_args  # noqa: E402
+from megatron_dms.training.startup import check_dms_flags, parse_megatron_args  # noqa: E402
 
 _SAID = (
     "lr adam_beta1 adam_beta2 clip_grad weight_decay bf16 seq_length global_batch_size train_iters "

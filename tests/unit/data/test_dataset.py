@@ -22,7 +22,8 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron_dms.data import data_flags, dataset
 from megatron_dms.data.data_flags import DataConfig, Source, data_config, validate_data_args
 from megatron_dms.data.dataset import ChatDataset, build_datasets, train_valid_test_datasets_provider
-from megatron_dms.data.token_files import DataError, TokenFile, check_pair
+from megatron_dms.data.token_files import TokenFile, check_pair
+from megatron_dms.errors import DataError
 
 
 def write_set(folder: Path, documents: list[list[int]], masks: list[list[int]] | None = None) -> str:

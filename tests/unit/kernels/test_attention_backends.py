@@ -150,7 +150,8 @@ def test_triton_refuses_what_it_cannot_take() -> None:
 
 def test_flash_in_fp32_is_refused_on_cuda_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a mistake that is found in the first forward, with both models loaded."""
-    from megatron_dms.training.checks import StartupError, check_attention_backend
+    from megatron_dms.errors import StartupError
+    from megatron_dms.training.checks import check_attention_backend
     from megatron_dms.upstream import cpu
 
     flash = DMSConfig(attention_backend="flash")

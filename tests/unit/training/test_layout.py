@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_dms.training.checks import StartupError
+from megatron_dms.errors import StartupError
 from megatron_dms.training.layout import check_heads_and_layers, check_layout, virtual_stages
 
 RUN = {
