@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def test_the_defaults() -> None:
-    """The paper's settings. Catches: a default changed in passing, which would change every run."""
+    """The defaults are the paper's settings. Catches: a default changed in passing, which would change
+    every run."""
     assert asdict(DMSConfig()) == {
         **{"predictor": "query_channel", "granularity": "head", "alpha_scale": 100.0, "alpha_offset": 5.0},
         **{"window": 256, "lag": 1, "temperature": 0.1, "final_cr": 8.0, "steps_per_cr": 100.0},

@@ -72,7 +72,8 @@ def paths_named(text: str) -> set[str]:
 
 
 def tree_named(text: str) -> set[str]:
-    """Entries of the tree block (a fenced block whose entries are indented below folders that end in "/")."""
+    """Return the entries of the tree block: a fenced block whose entries are indented below folders that
+    end in "/"."""
     found: set[str] = set()
     for block in _FENCE.findall(text):
         lines = [line for line in block.splitlines() if line.strip()]
@@ -97,12 +98,16 @@ def tree_named(text: str) -> set[str]:
 
 
 def exists(path: str) -> bool:
-    """A path, or a pattern, relative to the root (or to the package, as `mcore/compression_account.py`)."""
+    """Say whether a path, or a pattern, exists relative to the root or to the package, as
+    `mcore/compression_account.py`."""
     return any(next(base.glob(path), None) is not None for base in (ROOT, ROOT / "megatron_dms"))
 
 
 def make_targets_named(text: str) -> set[str]:
-    """Words after `make` in code (prose may "make sure" of something), less settings such as VENV=DIR."""
+    """Return the words after `make` in code, without settings such as VENV=DIR.
+
+    Prose is left out: it may "make sure" of something.
+    """
     code = _SPAN.findall(_FENCE.sub("", text)) + [
         line for block in _FENCE.findall(text) for line in block.splitlines()
     ]
@@ -122,7 +127,7 @@ def dms_flags() -> set[str]:
 
 
 def placeholders(text: str) -> set[str]:
-    """Figures that were to be filled in."""
+    """Return the figures that were to be filled in."""
     return set(re.findall(r"\b(?:DEMO|TEST|EXACTNESS)_[A-Z]+\b", text))
 
 
@@ -201,8 +206,7 @@ def test_every_flag_is_documented() -> None:
 
 
 def test_every_tool_named_prints_its_help() -> None:
-    """Every tools/x.py that a document names, and every one there is: --help, exit status 0, and it shows its
-    flags."""
+    """Every tools/x.py that there is, or that a document names, prints its help with exit status 0."""
     named = {tool for document in DOCUMENTS for tool in _TOOL.findall(document.read_text(encoding="utf-8"))}
     tools = sorted(
         named | {f"tools/{path.name}" for path in ROOT.glob("tools/*.py") if path.name != "__init__.py"}
@@ -224,7 +228,8 @@ def test_flags_page_gives_every_default_and_choice() -> None:
 
 
 def test_the_inference_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block in order, on a tiny model that evicts; and the flags of its command lines exist.
+    """Runs every Python block in order, on a tiny model that evicts; the flags of the page's command lines
+    exist.
 
     Catches: an example that the exported model, or this version of transformers, does not run.
     """

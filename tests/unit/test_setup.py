@@ -1,5 +1,4 @@
-"""Set-up: the interpreter is found among broken ones, and the pinned versions are those that setup.py
-allows."""
+"""Set-up: the interpreter is found among broken ones, and setup.py allows the pinned versions."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ def fake(path: Path, body: str) -> Path:
 
 
 def fake_python(path: Path, version: str, says: Path | None = None) -> Path:
-    """An interpreter that answers the script's question as a real one of that version would."""
+    """Make an interpreter that answers the script's question as a real one of that version would."""
     major, minor = version.split(".")
     return fake(path, f"echo {major} {minor} {says or path}")
 
 
 def pyenv_shim(path: Path) -> Path:
-    """What pyenv puts on PATH for a version that is installed but not switched on."""
+    """Make the file that pyenv puts on PATH for a version that is installed but not switched on."""
     return fake(path, f"echo 'pyenv: {path.name}: command not found' >&2; exit 127")
 
 
@@ -120,7 +119,7 @@ def test_make_stops_where_no_python_is(tmp_path: Path) -> None:
 
 
 def setup_keywords() -> dict[str, object]:
-    """The literal keywords of setup.py's call, without running it."""
+    """Return the literal keywords of setup.py's call, without running it."""
     call = ast.parse((ROOT / "setup.py").read_text()).body[-1]
     assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call)
     literals: dict[str, object] = {}
@@ -154,7 +153,7 @@ def test_constraints_satisfy_setup() -> None:
 
 
 def test_this_environment_is_the_pinned_one() -> None:
-    """What is installed here is what the constraints say. Catches: tests run on versions nobody gets."""
+    """The installed versions are those of the constraints. Catches: tests run on versions nobody gets."""
     # setuptools, once it is imported, puts older copies of some packages of its own on the path
     path = [folder for folder in sys.path if "_vendor" not in folder]
     installed = {normalised(found.name): found.version for found in distributions(path=path)}
@@ -179,8 +178,8 @@ def test_nvidias_apex_is_never_a_dependency() -> None:
 def test_the_image_keeps_its_own_builds_and_pins_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Dockerfile's program, run on what a container of NVIDIA's holds. Catches: a torch, Triton or CUDA
-    wheel of the package index in the image, a requirement without a version."""
+    """Runs the Dockerfile's program on what a container of NVIDIA's holds. Catches: a torch, Triton or
+    CUDA wheel of the package index in the image, a requirement without a version."""
     (program,) = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON\n", (ROOT / "Dockerfile").read_text(), re.DOTALL)
     builds = {"torch": "2.11.0a0+abc.nv26.03", "triton": "3.6.0", "transformer_engine": "2.13.0+xyz"}
     others = {"wandb": "0.1", "apex": "0.1"}

@@ -35,7 +35,7 @@ def model(folders):
 
 
 def generate(model, method, cr, new=NEW, **inputs):
-    """(sequences, logits [B, new, vocab], statistics)"""
+    """Generate greedily; return the sequences, the logits [B, new, vocab] and the statistics."""
     model.policy = make_policy(method, cr)
     options = GREEDY | {"max_new_tokens": new, "output_logits": True, "return_dict_in_generate": True}
     out = model.generate(**(options | inputs))
@@ -43,7 +43,8 @@ def generate(model, method, cr, new=NEW, **inputs):
 
 
 def check_against_reference(model, method, cr, prompt, new, sequence, logits, stats, row=0):
-    """`sequence` [prompt + new] was generated greedily, with `logits` [new, vocab]."""
+    """Compare `sequence` [prompt + new], generated greedily with `logits` [new, vocab], with the
+    reference."""
     expected = reference(model, sequence[:-1], prompt, new, method, cr)
     assert expected.margin > 1e-4, "a tie: the seed is a bad one"
     torch.testing.assert_close(logits.double(), expected.logits[prompt - 1 :], rtol=1e-4, atol=1e-4)
@@ -77,7 +78,8 @@ def test_every_family(folders, family, method):
 
 @pytest.mark.parametrize("method", SPARSE)
 def test_short_prompts(model, method):
-    """A prompt below the budget (held grows first), one of one token, and the least budget of all, 1."""
+    """Runs a prompt below the budget (held grows first), a prompt of one token, and the least budget of
+    all, 1."""
     for prompt, new, cr in ((5, 20, 2.0), (1, 25, 3.0), (9, 6, 15.0)):
         sequences, logits, stats = generate(
             model, method, cr, new, input_ids=random_tokens(1, prompt, seed=8)

@@ -1,7 +1,7 @@
 """Single layers of the baselines on keys, queries and weights small enough to work out on paper.
 
-For the evicting methods key j is the j-th unit vector, so that a query made of log-weights attends with just
-these; and value j is the j-th unit vector, so that the output shows what was read.
+For the evicting methods, key j is the j-th unit vector, so that a query made of log-weights attends with
+just these weights. Value j is the j-th unit vector, so that the output shows what was read.
 """
 
 import pytest
@@ -25,7 +25,8 @@ class Layer:
         self.prompt, self.keys, self.seen = prompt, keys, 0
 
     def __call__(self, q_HTD) -> list[list[int]]:
-        """Feed as many tokens as there are queries; which tokens the last one read, for each KV head."""
+        """Feed as many tokens as there are queries; return which tokens the last one read, for each KV
+        head."""
         T = q_HTD.shape[1]
         tokens = slice(self.seen, self.seen + T)
         k_BGTD, v_BGTD = (x[tokens].expand(1, GROUPS, -1, -1) for x in (self.keys, UNIT))
@@ -37,7 +38,8 @@ class Layer:
         return [torch.nonzero(row[0] > 1e-9).flatten().tolist() for row in by_group]
 
     def cost(self) -> tuple[int, int, int]:
-        """Reads, drops and memory of the latest forward, in pairs; the same in both KV heads."""
+        """Return reads, drops and memory of the latest forward, in pairs; they are the same in both KV
+        heads."""
         layer = self.layer
         values = layer.read_BG, layer.evicted_BG.long(), layer.occupied_BG
         assert all(v[0, 0] == v[0, 1] for v in values)
@@ -45,8 +47,10 @@ class Layer:
 
 
 def weights(*rows: dict[int, float]) -> torch.Tensor:
-    """[heads, 1, TOKENS]: a query for each head, with these weights (of whatever sum) for the tokens named;
-    the others get 1e-6 of them."""
+    """Return queries [heads, 1, TOKENS] that give the named tokens these weights, of whatever sum.
+
+    The other tokens get 1e-6 of these weights.
+    """
     q_HD = torch.full((len(rows), TOKENS), 1e-6).double()
     for head, row in enumerate(rows):
         for token, weight in row.items():
@@ -134,7 +138,10 @@ def test_window_by_hand(cr, k, expected):
 
 
 def quest_layer() -> Layer:
-    """Pages of 2, of which 2 are read: k = 12 / 3. Only the first two channels of keys matter."""
+    """Return a layer with pages of 2, of which 2 are read: k = 12 / 3.
+
+    Only the first two channels of keys matter.
+    """
     keys = torch.zeros(TOKENS, TOKENS).double()
     page_keys = [[1, 0], [0, 1], [0.9, 0.9], [0.9, 0.9], [-1, -1], [-1, -1]]
     keys[:6, :2] = torch.tensor(page_keys, dtype=torch.float64)
@@ -208,7 +215,8 @@ def test_bad_policies_are_refused(make, message):
 
 
 def test_the_names_come_without_torch():
-    """A tool's --help lists them: it is not to wait for an import of torch."""
+    """A tool's --help lists the names, and does not wait for an import of torch. Catches: an import of
+    torch where only the names are."""
     code = (
         "import sys; from megatron_dms.inference.baselines import METHODS; "
         "print(*METHODS, 'torch' in sys.modules)"
@@ -217,7 +225,8 @@ def test_the_names_come_without_torch():
 
 
 def test_the_state_is_all_there_is():
-    """What follows the sequences and what is counted as bytes. Catches a tensor that the fork forgets."""
+    """Compares the tensors of a layer with those that follow the sequences and those that count as bytes.
+    Catches a tensor that the fork forgets."""
     for method in METHODS[1:]:
         cache = BaselineCache(1, make_policy(method, 3.0), 8)
         layer = Layer(make_policy(method, 3.0), 4, 8)

@@ -1,7 +1,7 @@
 """Which tokens of a prompt TOVA, H2O and the window keep, against the scores of NVIDIA's kvpress 0.5.5.
 
-kvpress needs transformers below 5.3, so that it is installed for `make test-transformers-4` alone. Its
-presses cut a prompt once; what differs in them by design is undone here, and said where it is.
+kvpress needs transformers below 5.3, so it is installed for `make test-transformers-4` alone. Its presses
+cut a prompt once. Where a press differs by design, the test undoes the difference and says so.
 """
 
 import importlib.util
@@ -24,7 +24,8 @@ B, H, G, T, D = 2, 6, 2, 17, 8
 
 @pytest.fixture(scope="module")
 def presses():
-    """Its package imports every press, and with some of them datasets and more: leave its __init__ out."""
+    """Import the presses without their package's __init__, which imports datasets and more for other
+    presses."""
     package = types.ModuleType("kvpress")
     package.__path__ = list(found.submodule_search_locations)
     sys.modules["kvpress"] = package
@@ -39,7 +40,7 @@ def presses():
 
 @pytest.fixture
 def states():
-    """Queries, keys, and the weights as eager attention returns them, [B, H, T, T]."""
+    """Return queries, keys, and the weights as eager attention returns them, [B, H, T, T]."""
     generator = torch.Generator().manual_seed(0)
     q_BHTD = torch.randn(B, H, T, D, generator=generator).double()
     k_BGTD = torch.randn(B, G, T, D, generator=generator).double()
@@ -49,7 +50,7 @@ def states():
 
 
 def layer_after(policy, q_BHTD, k_BGTD):
-    """The layer of `policy` after the prompt; 3 more tokens may follow."""
+    """Return the layer of `policy` after the prompt; 3 more tokens may follow."""
     from megatron_dms.hf.sparse_attention_dms import NewTokens
     from megatron_dms.inference.baselines.cache import LAYERS
 
@@ -60,8 +61,8 @@ def layer_after(policy, q_BHTD, k_BGTD):
 
 
 def test_tova(presses, states):
-    """kvpress leaves out the last token's own weight and puts a maximum there, so that it always stays; here
-    it may go, as in the paper. Compared are the others."""
+    """Compares all tokens but the last one. kvpress puts a maximum in the place of the last token's own
+    weight, so that the token always stays; here it may go, as in the paper."""
     q_BHTD, k_BGTD, weight_BHTT = states
     theirs_BGT = presses.tova.score(None, None, k_BGTD, None, weight_BHTT, {})
     layer = layer_after(TOVA(1.0), q_BHTD, k_BGTD)
@@ -77,8 +78,9 @@ def test_tova(presses, states):
 
 
 def test_h2o(presses, states):
-    """kvpress divides the sum by the number of queries that could see the token, and leaves no token safe;
-    the paper's code does not divide, and has the latest safe. Multiplied back, the sums are the same."""
+    """Compares the sums after multiplying kvpress's back. kvpress divides the sum by the number of queries
+    that could see the token, and leaves no token safe; the paper's code does not divide, and keeps the
+    latest tokens safe."""
     q_BHTD, k_BGTD, weight_BHTT = states
     theirs_BGT = presses.h2o.score(None, None, k_BGTD, None, weight_BHTT, {}) * torch.arange(T, 0, -1)
     position_BT = torch.arange(T).expand(B, T)
@@ -97,7 +99,7 @@ def test_h2o(presses, states):
 
 
 def test_window(presses, states):
-    """kvpress's ratio is the share that goes, of the prompt alone: for k = 10 of 17 tokens it is 7 / 17."""
+    """kvpress's ratio is the share of the prompt that goes: for k = 10 of 17 tokens it is 7 / 17."""
     q_BHTD, k_BGTD, weight_BHTT = states
     press = presses.window(compression_ratio=(7 - 1e-6) / T)
     theirs_BGT = press.score(None, None, k_BGTD, None, None, {})

@@ -1,4 +1,5 @@
-"""What the baselines do not do is refused by name, and damaged or foreign checkpoints are not loaded."""
+"""Requests that the baselines cannot honour are refused by name, and damaged or foreign checkpoints are
+not loaded."""
 
 import json
 
@@ -82,7 +83,7 @@ def test_forwards_without_a_budget(model, method):
 
 
 def test_vanilla_does_what_a_dms_model_does(model):
-    """Beams, chunks and continuation come for free there."""
+    """Beams, chunks and continuation work without further code in vanilla."""
     ids_BT = random_tokens(2, 9)
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids_BT, **options)

@@ -1,4 +1,5 @@
-"""What a checkpoint's folder says of itself: its hash, its dtype, its config.json; and who made samples."""
+"""What a checkpoint's folder says about itself (its hash, its dtype, its config.json), and who made
+samples."""
 
 import json
 import os

@@ -1,5 +1,8 @@
-"""Models that merge pairs (evaluation/dmc.py): the cache against the masked forward and against a cache that
-is a list of slots, written here. Random models in fp32, logits of order 1: 1e-4, as asked of generation."""
+"""Models that merge pairs: the cache against the masked forward and against a cache that is a list of
+slots.
+
+The models are random, in fp32, with logits of order 1; the tolerance is 1e-4, as for generation.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +27,7 @@ SETTINGS |= {"importance_scale": 1.5, "importance_offset": 0.2}
 
 
 def merging_model(family: str = "qwen3"):
-    """With a true mixture of decisions and importances."""
+    """Return a model with a true mixture of decisions and importances."""
     torch.manual_seed(0)
     model = dmc_model.merging_class(family)(tiny_config(family, **config_entries(family, **SETTINGS))).eval()
     with torch.no_grad():
@@ -34,7 +37,7 @@ def merging_model(family: str = "qwen3"):
 
 
 def exported(folder: Path) -> Path:
-    """As tools/convert.py export writes it, but for the tokenizer."""
+    """Write a model as `convert export` writes it, without the tokenizer."""
     merging_model().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | config_entries("qwen3", **SETTINGS)))
@@ -44,7 +47,7 @@ def exported(folder: Path) -> Path:
 
 
 class ListOfSlots:
-    """Stands where one attention layer stores and attends: for each head a list of [z, key, value]."""
+    """Stands where one attention layer stores and attends: for each head, a list of [z, key, value]."""
 
     def __init__(self) -> None:
         self.slots = [[[] for _ in range(KV_HEADS)] for _ in range(2)]
@@ -77,9 +80,9 @@ class ListOfSlots:
 @pytest.mark.parametrize("family", MODEL_CLASSES)
 @torch.no_grad()
 def test_cache_equals_forward_equals_lists_of_slots(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token by token, in chunks and all at once, with and without a cache; then slot counts. Catches: the
-    running mean lost or rounded between forwards, a merged pair that opens a slot, a slot overwritten that
-    was to stay, a channel that is not zeroed, the first token merged into nothing."""
+    """Feeds the tokens one by one, in chunks and all at once, with and without a cache; then compares slot
+    counts. Catches: the running mean lost or rounded between forwards, a merged pair that opens a slot, a
+    slot overwritten that was to stay, a channel that is not zeroed, the first token merged into nothing."""
     model, ids = merging_model(family), random_tokens(2, T)
     whole = model(ids, use_cache=False).logits
     cr_of_forward = model.last_kv_stats.achieved_cr
@@ -106,9 +109,9 @@ def test_cache_equals_forward_equals_lists_of_slots(family: str, monkeypatch: py
 
 @torch.no_grad()
 def test_generation_padded_sampled_and_reused() -> None:
-    """Rows of a left-padded batch, several answers to one prompt, and a second turn on a cache give what each
-    gives alone. Catches: padding with a weight in the mean, a running mean that stays behind when a batch
-    splits, one left over by reset()."""
+    """Rows of a left-padded batch, several answers to one prompt, and a second turn on a cache give what
+    each gives alone. Catches: padding with a weight in the mean, a running mean that stays behind when a
+    batch splits, one left over by reset()."""
     model = merging_model()
     prompts, options = (random_tokens(1, 9), random_tokens(1, 5, seed=3)), {"max_new_tokens": NEW}
     alone = [model.generate(ids, do_sample=False, **options)[0, -NEW:] for ids in prompts]
@@ -143,8 +146,8 @@ def test_generation_padded_sampled_and_reused() -> None:
 
 @torch.no_grad()
 def test_padding_between_tokens() -> None:
-    """A chunk whose second row ends in padding, and one more. Catches: padding that opens a slot, or has a
-    weight in the mean that the next token goes on from."""
+    """Feeds a chunk whose second row ends in padding, and one more chunk. Catches: padding that opens a
+    slot, or has a weight in the mean that the next token goes on from."""
     model, ids, alone = merging_model(), random_tokens(2, 16), random_tokens(2, 16)[1:]
     mask = torch.ones(2, 16, dtype=torch.long)
     mask[1, 5:8] = 0
@@ -158,8 +161,8 @@ def test_padding_between_tokens() -> None:
 
 @torch.no_grad()
 def test_running_mean_is_kept_in_fp32() -> None:
-    """400 pairs of weight 1 in one slot, bfloat16 keys: 1/400 of the last is below bfloat16's step. Catches:
-    accumulating in the type of the cache, with which a mean stops moving."""
+    """400 pairs of weight 1 share one slot, with bfloat16 keys: 1/400 of the last is below bfloat16's
+    step. Catches: accumulating in the type of the cache, with which a mean stops moving."""
     keys = torch.linspace(0.5, 1.5, 400)[None, None, :, None].bfloat16()
     decided = torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1)
     running = None
@@ -206,8 +209,8 @@ def test_settings_are_checked(change: dict) -> None:
 
 
 def test_formats() -> None:
-    """config.json and back; formats that know no merging refuse it. Catches: settings lost, an evicting
-    model's config.json that says more than before."""
+    """Settings go into config.json and come back; formats that know no merging refuse them. Catches:
+    settings lost, an evicting model's config.json that says more than before."""
     settings = DMSSettings(**SETTINGS)
     assert DMSSettings.from_entries(settings.to_entries()) == settings
     read = dms_formats.read(settings.to_entries(), None)

@@ -68,8 +68,8 @@ def test_triton_is_deterministic(interpreted: dict[str, dict[str, Tensor]]) -> N
 
 
 def test_what_the_threshold_leaves_out(interpreted: dict[str, dict[str, Tensor]]) -> None:
-    """At the default nothing that fp32 can show; with all keys negligible, a sliding window. Catches: a
-    threshold that is ignored, or compared the wrong way round."""
+    """The default threshold leaves out nothing that fp32 can show; with all keys negligible, a sliding
+    window remains. Catches: a threshold that is ignored, or compared the wrong way round."""
     case = next(case for case in CASES if case.name == TWICE)
     exact, default = interpreted["nothing is negligible"], interpreted[TWICE]
     for name in PARTS:
@@ -82,7 +82,8 @@ def test_what_the_threshold_leaves_out(interpreted: dict[str, dict[str, Tensor]]
 
 
 def test_survivors() -> None:
-    """By hand. Catches: an order that is not ascending, counts off by one, a strict comparison."""
+    """Compares with survivors worked out by hand. Catches: an order that is not ascending, counts off by
+    one, a strict comparison."""
     log_keep = torch.tensor([[[0.0, -50.0, -1.0, THRESHOLD, -math.inf], [-99.0] * 5, [-0.1] * 5]])
     order, before = find_survivors(log_keep)
     assert order.tolist() == [[[0, 2, 3, 1, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]]

@@ -1,6 +1,7 @@
 """The fast distillation losses against the plain formula in fp64, values and gradients.
 
-Their Triton kernels run in Triton's interpreter, in a process of its own, as triton must be imported for it.
+The Triton kernels run in Triton's interpreter in a process of its own, because triton reads this setting
+when it is imported.
 """
 
 import sys
@@ -33,7 +34,7 @@ COLUMNS = {"uneven": (80, 51), "a rank without columns": (131, 0)}
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, the last one not full."""
+    """Let the loss run in several chunks, the last one not full."""
     monkeypatch.setattr(kl, "CHUNK_BYTES", 4 * 4 * 131)
 
 
@@ -56,7 +57,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def interpret(out: Path) -> None:
-    """Every case through the Triton kernels."""
+    """Save every case, computed by the Triton kernels."""
     from megatron_dms.kernels import kl_rows
 
     hide_nothing()
@@ -81,8 +82,8 @@ def test_triton(case: Case, direction: str, interpreted: dict) -> None:
 
 
 def test_the_teacher_is_overwritten_for_a_gradient_only() -> None:
-    """And the loss is differentiated once. Catches: validation that destroys logits, a second backward that
-    multiplies again."""
+    """The teacher's logits stay as they are without a gradient, and the loss can be differentiated once.
+    Catches: validation that destroys logits, a second backward that multiplies again."""
     student, teacher, _ = make_logits(CASES[0])
     before = teacher.clone()
     distillation_kl(student, teacher, "teacher_student")
@@ -99,7 +100,7 @@ def test_the_teacher_is_overwritten_for_a_gradient_only() -> None:
 
 
 def on_two_processes(rank: int, folder: str) -> None:
-    """Each rank has its columns and two of padding; saves losses and gradients."""
+    """Save losses and gradients of one rank, which has its columns and two of padding."""
     torch.set_num_threads(1)
     kl.CHUNK_BYTES, linear_kl.MIN_CHUNK = 4 * 4 * 131, 5  # several chunks, here too
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -131,8 +132,9 @@ def on_two_processes(rank: int, folder: str) -> None:
 
 
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
-    """Two gloo processes, 80 + 51 and 131 + 0 columns, fp64 to 1e-12. Catches: a softmax over a rank's own
-    columns, a sum not reduced, the gradient of hidden states not added up, a rank without columns."""
+    """Runs two gloo processes with 80 + 51 and 131 + 0 columns, fp64 to 1e-12. Catches: a softmax over a
+    rank's own columns, a sum not reduced, the gradient of hidden states not added up, a rank without
+    columns."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(on_two_processes, (folder,), nprocs=2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
@@ -154,8 +156,9 @@ def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
 
 @pytest.mark.parametrize("direction", PLAIN)
 def test_fused_projection(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks, the last one not full. Catches: a chunk that replaces the gradient of the last, weights
-    of tokens or the incoming gradient ignored, padding, a temperature applied twice."""
+    """The projection runs in several chunks, the last one not full. Catches: a chunk that replaces the
+    gradient of the last, weights of tokens or the incoming gradient ignored, padding, a temperature
+    applied twice."""
     monkeypatch.setattr(linear_kl, "MIN_CHUNK", 5)
     hidden, weight, *rest = projections()
     hidden.requires_grad_(), weight.requires_grad_()

@@ -1,4 +1,5 @@
-"""A job of the chain: signal, save, requeue or stop. SLURM and training are stand-ins (tests/fake_slurm)."""
+"""One job of the chain: signal, save, requeue or stop. SLURM and training are stand-ins
+(tests/fake_slurm)."""
 
 import os
 import signal
@@ -17,7 +18,7 @@ JOB = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "a"}
 
 
 def job_env(folder: Path, **settings: str) -> Path:
-    """An env file whose python is the stand-in."""
+    """Write an env file whose python is the stand-in."""
     (folder / "venv" / "bin").mkdir(parents=True, exist_ok=True)
     python = folder / "venv" / "bin" / "python"
     python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {FAKES}/python "$@"\n')
@@ -27,8 +28,11 @@ def job_env(folder: Path, **settings: str) -> Path:
 
 
 def signalled(folder: Path, what: int, *words: str | Path, **more: str) -> tuple[int, str]:
-    """Run a script and send it a signal when its worker listens; status and stderr. With FAKE_DEAF_SECONDS:
-    before it listens, and to all processes, as some SLURMs do."""
+    """Run a script and send it a signal when its worker listens; return the status and stderr.
+
+    With FAKE_DEAF_SECONDS the signal comes before the worker listens, and goes to all processes, as some
+    SLURMs do.
+    """
     ready = folder / "run" / "ready"
     ready.unlink(missing_ok=True)
     process = subprocess.Popen(
@@ -49,12 +53,13 @@ def signalled(folder: Path, what: int, *words: str | Path, **more: str) -> tuple
 
 
 def job(folder: Path, what: int = signal.SIGUSR1, **more: str) -> int:
-    """One job that is told to stop."""
+    """Run one job that is told to stop."""
     env = job_env(folder)
     return signalled(folder, what, SBATCH, "--in-job", ROOT, env, **JOB | more)[0]
 
 
 def requeued(folder: Path) -> int:
+    """Count the requests to requeue."""
     return sum(call == "scontrol requeue 77" for call in called(folder))
 
 
@@ -68,7 +73,8 @@ def test_progress_is_requeued(tmp_path: Path, what: int) -> None:
 
 
 def test_a_chain_without_progress_stops(tmp_path: Path) -> None:
-    """Twice in a row, not twice in all. Catches: a count that is not kept, or not reset by progress."""
+    """Two jobs in a row without progress stop the chain; two in all do not. Catches: a count that is not
+    kept, or not reset by progress."""
     for adds, status, requeues in (("0", 0, 1), ("3", 0, 2), ("0", 0, 3), ("0", 4, 3)):
         assert job(tmp_path, FAKE_ADDS=adds) == status
         assert requeued(tmp_path) == requeues
@@ -80,7 +86,7 @@ def test_a_finished_run_is_not_requeued(tmp_path: Path) -> None:
 
 
 def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
-    """scancel sends TERM, as the end of the time may. Catches: a job that nobody can end."""
+    """scancel sends TERM, and so may the end of the time. Catches: a job that nobody can end."""
     assert job(tmp_path, signal.SIGTERM, FAKE_ADDS="5", FAKE_STATE="CANCELLED") == 0
     assert requeued(tmp_path) == 0
 
@@ -104,8 +110,8 @@ def test_without_a_signal_nothing_is_requeued(tmp_path: Path, more: dict[str, st
 
 
 def test_a_signal_during_the_start_waits_for_the_worker(tmp_path: Path) -> None:
-    """torchrun.sh alone. Catches: a signal that is lost, or that kills torchrun or a worker without its
-    handler."""
+    """Runs torchrun.sh alone. Catches: a signal that is lost, or that kills torchrun or a worker without
+    its handler."""
     env = job_env(tmp_path)
     more = {"FAKE_ADDS": "2", "FAKE_DEAF_SECONDS": "3"}
     status, errors = signalled(tmp_path, signal.SIGUSR1, TORCHRUN, "--only", "train", env, **more)
@@ -114,7 +120,8 @@ def test_a_signal_during_the_start_waits_for_the_worker(tmp_path: Path) -> None:
 
 
 def test_all_nodes_meet_at_the_first(tmp_path: Path) -> None:
-    """Two nodes. Catches: each its own rendezvous, two hosts of it, and a number of nodes that is wrong."""
+    """Starts two nodes. Catches: a rendezvous of each node's own, two hosts of it, and a number of nodes
+    that is wrong."""
     env = job_env(tmp_path, NODES="2", PREFLIGHT="no")
     job_of_two = JOB | {"SLURM_JOB_NODELIST": "a,b", "FAKE_STATUS": "0"}
     assert launch(tmp_path, SBATCH, "--in-job", ROOT, env, **job_of_two).returncode == 0

@@ -1,4 +1,4 @@
-"""The preflight: two nodes of this machine over gloo, one of them wrong; and each check alone."""
+"""The preflight: two nodes on this machine over gloo, one of them wrong; and each check alone."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FIRST, SECOND = "node 0 (localhost)", "node 1 (127.0.0.1)"
 
 @pytest.fixture
 def training(originals: Path, tmp_path: Path) -> list[str]:
-    """Training flags that every check likes at two processes."""
+    """Return training flags that every check accepts at two processes."""
     write_data(tmp_path / "data")
     base, data, run = originals / "megatron", tmp_path / "data", tmp_path / "run"
     files = f"--pretrained-checkpoint {base} --dms-teacher {base} --train-data-path {data} --save {run}"
@@ -28,7 +28,7 @@ def training(originals: Path, tmp_path: Path) -> list[str]:
 
 
 def write_data(prefix: Path) -> None:
-    """Two documents and their loss masks."""
+    """Write two documents and their loss masks."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -61,8 +61,9 @@ def free_port() -> int:
 
 
 def test_one_wrong_node_of_two(training: list[str], tmp_path: Path) -> None:
-    """The second's teacher is not there; the all-reduce works. Catches: a node whose failures are lost or put
-    down to another, an exit status of 0, a node that does not learn of it, and an all-reduce of one node."""
+    """The second node's teacher is not there; the all-reduce works. Catches: a node whose failures are
+    lost or put down to another, an exit status of 0, a node that does not learn of it, and an all-reduce
+    of one node."""
     wrong = [*training]
     wrong[training.index("--dms-teacher") + 1] = str(tmp_path / "nowhere")
     port = free_port()
@@ -178,7 +179,8 @@ def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_odd_node_out_is_the_one_that_differs() -> None:
-    """Of three, wherever it stands. Catches: all nodes blamed, or the first taken for right."""
+    """One of three nodes differs, wherever it stands. Catches: all nodes blamed, or the first taken for
+    right."""
     for odd in range(3):
         reports = [
             NodeReport(f"n{rank}", [], {"versions": {"torch": "2.6" if rank == odd else "2.13"}})

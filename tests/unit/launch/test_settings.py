@@ -29,7 +29,8 @@ LINE = 4  # that of the first line which a test adds to an env file
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, lines: list[str], said: str) -> None:
-    """Both scripts. Catches: a typo that is ignored, and a line number that counts continued lines as one."""
+    """Tests both scripts. Catches: a typo that is ignored, and a line number that counts continued lines
+    as one."""
     env = write_env(tmp_path, *lines)
     for script in (TORCHRUN, SBATCH):
         done = launch(tmp_path, script, env)
@@ -47,7 +48,8 @@ def test_a_missing_variable_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_the_required_are_these() -> None:
-    """Those of example.env without #. Catches: a commented line that was meant to be required."""
+    """The required variables are those of example.env without #. Catches: a commented line that was meant
+    to be required."""
     names = re.findall(r"^([A-Z_]+)=", EXAMPLE.read_text(), re.MULTILINE)
     assert names == ["TRAIN_ARGS", "NODES", "GPUS_PER_NODE"]
 

@@ -1,8 +1,10 @@
-"""The plug-in's attention in Megatron's own GPTModel, one process, against fp64 written from DMS's text.
+"""The plug-in's attention in Megatron's own GPTModel, in one process, against fp64 written from the
+paper's text.
 
-The model runs in fp32. Tolerances: 2e-5 for outputs of order 1, 1e-4 for gradients; what must be equal bit
-for bit is compared so. The CPU platform is not needed: all that is asked of CUDA is a device and a random
-state."""
+The model runs in fp32. Tolerances are 2e-5 for outputs of order 1 and 1e-4 for gradients; what must be
+equal bit for bit is compared so. The CPU platform is not needed: all that is asked of CUDA is a device and
+a random state.
+"""
 
 from types import SimpleNamespace
 
@@ -60,7 +62,7 @@ def test_attention_and_gradients(predictor: str, granularity: str, phase: Phase,
 
 
 def test_without_query_norm_and_bias() -> None:
-    """The Llama family. Catches: a predictor that needs a q-norm."""
+    """The Llama family has neither. Catches: a predictor that needs a q-norm."""
     dms = DMSConfig(**SETTINGS)
     model, record = build(dms, qk_layernorm=False, add_qkv_bias=False), microbatch(Phase.HARD)
     expected, alpha, _ = reference(in_fp64(model), hidden_states().double(), dms, record)
@@ -104,7 +106,8 @@ def test_borrowed_channel_is_zero_before_and_after_rope(
 
 
 def core(tp: tuple[int, int], cp: tuple[int, int], granularity: str) -> DMSCoreAttention:
-    """Layer 2's core attention on one tensor- and context-parallel (rank, ranks), of 4 KV heads in all."""
+    """Return layer 2's core attention on one tensor- and context-parallel (rank, ranks), of 4 KV heads in
+    all."""
     groups = {
         name: SimpleNamespace(rank=lambda n=rank: n, size=lambda n=ranks: n)
         for name, (rank, ranks) in {"tp": tp, "cp": cp}.items()
@@ -174,16 +177,19 @@ def tokens() -> Tensor:
 
 
 def logits_of(model: GPTModel, record: Microbatch | None) -> Tensor:
-    """Megatron's own attention needs the causal mask (True = hidden) on a CPU; DMS attention reads none."""
+    """Run the model.
+
+    Megatron's own attention needs the causal mask (True = hidden) on a CPU; DMS attention reads none.
+    """
     hidden = torch.ones(1, 1, T, T, dtype=torch.bool).triu(1)
     return model(tokens(), torch.arange(T)[None].expand(2, -1), hidden, packed_seq_params=record)
 
 
 @pytest.mark.parametrize(("predictor", "granularity"), [*BORROWED, ("linear", "head")])
 def test_training_the_predictor_alone(predictor: str, granularity: str) -> None:
-    """Two steps of Adam on a model frozen but for its predictor. Catches: a parameter or a row of the QKV
-    weight that moves without being asked, a predictor that stays (Adam's momentum included), a layer left
-    out."""
+    """Takes two steps of Adam on a model that is frozen but for its predictor. Catches: a parameter or a
+    row of the QKV weight that moves without being asked, a predictor that stays (Adam's momentum
+    included), a layer left out."""
     dms = DMSConfig(predictor=predictor, granularity=granularity, train="predictor", **SETTINGS)
     model = build(dms)
     freeze_all_but_predictor(model, dms)
@@ -206,8 +212,9 @@ def test_training_the_predictor_alone(predictor: str, granularity: str) -> None:
 
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_unfaded_zeroing_phase_is_the_dense_model(predictor: str) -> None:
-    """The zeroing phase with fade 1, and the dense spec with Megatron's own attention. Catches: a mask, a
-    scale or a norm that the plug-in changes; parameter names that differ between student and teacher."""
+    """Compares the zeroing phase with fade 1 with the dense spec and Megatron's own attention. Catches: a
+    mask, a scale or a norm that the plug-in changes; parameter names that differ between student and
+    teacher."""
     dms = DMSConfig(predictor=predictor, **SETTINGS)
     student, dense = build(dms), build(None)
     own = {name: value for name, value in student.state_dict().items() if "dms_predictor" not in name}

@@ -1,7 +1,6 @@
-"""The compression account: sums, and the gradient that it hands to each decision, against plain autograd over
-the whole model.
+"""The compression account: its sums, and the gradient that it hands to each decision.
 
-Tolerance: 1e-6 relative (sums in fp32).
+The gradient is compared with plain autograd over the whole model. Tolerance: 1e-6 relative (sums in fp32).
 """
 
 import tempfile
@@ -31,7 +30,7 @@ SHARES = (
 
 
 def logits() -> Tensor:
-    """[L, B, G, T]: of each head's valid tokens the first ones evicted, padding evicted throughout."""
+    """Return logits [L, B, G, T] that evict the first valid tokens of each head, and all padding."""
     generator = torch.Generator().manual_seed(3)
     z = torch.rand(L, B, G, T, generator=generator) + 0.1
     for b, (length, shares) in enumerate(zip(LENGTHS, SHARES, strict=True)):
@@ -54,7 +53,8 @@ def account(shape: ModelShape | None = None, **changes: float) -> CompressionAcc
 def forward(
     z: Tensor, own: CompressionAccount, layers: list[int], heads: list[int], repeat: int = 1
 ) -> list[Tensor]:
-    """The part of a forward pass that decides: -> log_keep of each layer, the account attached."""
+    """Run the part of a forward pass that decides; return log_keep of each layer with the account
+    attached."""
     kept = []
     for layer in layers:
         eviction = soft_eviction(z[layer][:, heads], torch.zeros(()), TEMPERATURE)
@@ -65,7 +65,8 @@ def forward(
 
 
 def by_autograd(target: float = TARGET, weight: float = WEIGHT) -> Tensor:
-    """d (weight * loss) / dz with the whole model's decisions in one tensor, straight through."""
+    """Return d (weight * loss) / dz, from autograd with the whole model's decisions in one tensor,
+    straight through."""
     z = logits().requires_grad_()
     hard = soft_eviction(z, torch.zeros(()), TEMPERATURE).hard * valid_tokens()[:, None]
     mean_alpha = hard.sum(dim=(0, 2, 3)) / (torch.tensor(LENGTHS) * L * G)
@@ -166,7 +167,7 @@ PARTS = {"a layer each": ([[0], [1]], [[0, 1]] * 2), "a head each": ([[0, 1]] * 
 
 
 def on_two_processes(rank: int, folder: str) -> None:
-    """Pipeline stages (a layer each), then tensor-parallel ranks (a head of every layer each)."""
+    """Run pipeline stages (a layer each), then tensor-parallel ranks (a head of every layer each)."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
@@ -180,9 +181,9 @@ def on_two_processes(rank: int, folder: str) -> None:
 
 
 def test_the_clamp_is_on_the_mean_over_all_ranks() -> None:
-    """Two gloo processes give the gradient of one. Catches: clamp per stage or per tensor-parallel rank (no
-    all-reduce: sample 0's first layer and sample 1's second come out wrong), the sums reduced before the last
-    layer has reported, a count of the rank's own layers or heads."""
+    """Two gloo processes give the gradient of one. Catches: clamp per stage or per tensor-parallel rank
+    (no all-reduce: sample 0's first layer and sample 1's second come out wrong), the sums reduced before
+    the last layer has reported, a count of the rank's own layers or heads."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(on_two_processes, (folder,), nprocs=2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]

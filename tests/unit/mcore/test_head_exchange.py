@@ -1,5 +1,6 @@
-"""The exchange of heads for tokens under context parallelism, in four gloo processes, fp64, every number told
-apart: what arrives where, and what comes back.
+"""The exchange of heads for tokens under context parallelism: what arrives where, and what comes back.
+
+It runs in four gloo processes in fp64, on numbers that are all different.
 """
 
 import tempfile
@@ -18,12 +19,12 @@ CASES = [(1, 6, 3), (2, 12, 6), (2, 6, 2), (4, 8, 4), (4, 8, 2), (4, 4, 1), (2, 
 
 
 def whole(heads: int, tokens: int, width: int, seed: int) -> Tensor:
-    """[T, B, heads, width], the same on every rank."""
+    """Return [T, B, heads, width], the same on every rank."""
     return torch.randn(tokens, B, heads, width, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def exchange_and_back(C: int, H: int, G: int, group: dist.ProcessGroup) -> dict[str, object]:
-    """What one rank of C sees."""
+    """Save what one rank of C sees."""
     T = 2 * C * CHUNK
     batch = {name: torch.arange(T).expand(B, T) for name in ("tokens", "labels", "loss_mask", "position_ids")}
     batch = own_tokens(batch | {"valid": torch.ones(B, T)}, group)
@@ -58,7 +59,7 @@ def on_four_processes(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[list[dict]]:
-    """By case, by rank of its first group."""
+    """Return what each rank of the first group saw, by case."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(on_four_processes, (folder,), nprocs=PROCESSES)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(PROCESSES)]
@@ -67,8 +68,9 @@ def found() -> list[list[dict]]:
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "C{} H{} G{}".format(*CASES[case]))
 def test_every_rank_sees_whole_sequences_of_its_heads(case: int, found: list[list[dict]]) -> None:
-    """In natural order, and gets its own tokens back. Catches: chunks in the order of the ranks, a query head
-    beside another group's keys, values cut at the keys' width, samples' ids and padding cut like tokens."""
+    """The tokens of a rank's heads come in natural order, and the rank gets its own tokens back. Catches:
+    chunks in the order of the ranks, a query head beside another group's keys, values cut at the keys'
+    width, samples' ids and padding cut like tokens."""
     C, H, G = CASES[case]
     T = 2 * C * CHUNK
     query, key, value = whole(H, T, D, 1), whole(G, T, D, 2), whole(G, T, D + FURTHER, 3)

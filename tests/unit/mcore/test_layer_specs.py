@@ -1,4 +1,4 @@
-"""Student and teacher layers: what is replaced in Megatron's own specs, and that nothing else is."""
+"""Student and teacher layers: what is replaced in Megatron's own specs; nothing else is."""
 
 from dataclasses import fields
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ class FusedNormLinear:
 
 
 def te_like_spec(qk_layernorm: bool) -> ModuleSpec:
-    """A spec of Transformer Engine's shape, where Transformer Engine itself is not installed."""
+    """Return a spec of Transformer Engine's shape, where Transformer Engine itself is not installed."""
     spec = layer_specs.get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.linear_qkv = FusedNormLinear
     return spec

@@ -1,4 +1,4 @@
-"""Merging (DMC) in the plug-in's attention, as test_mcore.py tests evicting: the same model and reference."""
+"""Merging (DMC) in the plug-in's attention, with the model and the reference of test_attention.py."""
 
 import pytest
 
@@ -23,9 +23,9 @@ MERGE = {
 
 @pytest.mark.parametrize(("phase", "fade"), [(Phase.HARD, 0.0), (Phase.SOFT, 0.0), (Phase.ZEROING, 0.6)])
 def test_merging_and_gradients(phase: Phase, fade: float) -> None:
-    """DMC. Catches: the importance read after RoPE, of another head or channel, or of the faded query; its
-    scale and offset mixed up; decision and importance exchanged; merging before RoPE; merging while the
-    channels fade; decisions or importances without a gradient."""
+    """Compares DMC with the reference. Catches: the importance read after RoPE, of another head or
+    channel, or of the faded query; its scale and offset mixed up; decision and importance exchanged;
+    merging before RoPE; merging while the channels fade; decisions or importances without a gradient."""
     check_attention_and_gradients(DMSConfig(**MERGE), phase, fade)
 
 

@@ -17,9 +17,10 @@ B, H, D = 2, 4, 6
 
 
 def loops(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, window: int, lag: int, scale: float) -> Tensor:
-    """Query i weighs key j <= i with exp(score), times 1 - alpha[j + lag] where i - j > window.
+    """Attend by loops: query i weighs key j <= i with exp(score), times 1 - alpha[j + lag] where i - j >
+    window.
 
-    A pair whose deciding token is not there yet is kept. alpha: [B, G, T], not shifted.
+    A pair whose deciding token is not there yet is kept. alpha is [B, G, T], not shifted.
     """
     group_size = q.shape[1] // k.shape[1]
     out = torch.zeros_like(q)
@@ -40,7 +41,7 @@ def loops(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, window: int, lag: int,
 
 
 def inputs(groups: int, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and alpha in fp64, alpha from almost kept to almost evicted."""
+    """Return q, k, v and alpha in fp64; alpha goes from almost kept to almost evicted."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
         torch.randn(B, heads, tokens, D, dtype=torch.float64, generator=generator)
@@ -78,15 +79,15 @@ def test_values_and_gradients_equal_the_loops(groups: int, tokens: int, window: 
 
 @pytest.mark.parametrize("lag", [0, 1, 3, 9])
 def test_with_a_lag(lag: int) -> None:
-    """Decisions as predicted, shifted, then masked. Catches: a lag off by one or in the other direction, the
-    last pairs, whose decision is missing, evicted."""
+    """Decisions are predicted, shifted, then used as a mask. Catches: a lag off by one or in the other
+    direction, the last pairs, whose decision is missing, evicted."""
     q, k, v, alpha = inputs(groups=2, tokens=8, seed=2)
     found = dms_attention(q, k, v, shift(torch.log1p(-alpha), lag), 2)
     torch.testing.assert_close(found, loops(q, k, v, alpha, 2, lag, D**-0.5), rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck() -> None:
-    """Finite differences in fp64, which share nothing with autograd. Catches: a detached part."""
+    """Uses finite differences in fp64, which share nothing with autograd. Catches: a detached part."""
     parts = [part[:1, :, :4].clone().requires_grad_() for part in inputs(groups=2, tokens=5, seed=3)]
     q, k, v, alpha = parts
     log_keep = alpha.detach().log().requires_grad_()

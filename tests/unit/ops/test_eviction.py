@@ -110,7 +110,7 @@ def noise(
 
 
 def splitmix64_noise(*ids: int) -> float:
-    """The same noise in Python's unbounded integers, from the published constants of splitmix64."""
+    """Compute the same noise in Python's unbounded integers, from the published constants of splitmix64."""
     mask, state = (1 << 64) - 1, 0
     for number in ids:
         state = ((state ^ number) + 0x9E3779B97F4A7C15) & mask

@@ -1,7 +1,8 @@
 """Distillation and compression losses against torch's own formulas and numbers worked out by hand.
 
-Tolerances: 1e-12 in fp64, 1e-5 relative in fp32, values and gradients; the vocabulary spread over two
-processes against one process: 1e-12 in fp64."""
+Tolerances: 1e-12 in fp64, and 1e-5 relative in fp32, for values and gradients. The vocabulary spread over
+two processes equals one process to 1e-12 in fp64.
+"""
 
 import tempfile
 from pathlib import Path
@@ -22,14 +23,18 @@ DIRECTIONS = {"teacher_student": kl_teacher_student, "student_teacher": kl_stude
 
 
 def by_torch(student: Tensor, teacher: Tensor, direction: str) -> Tensor:
-    """sum p (log p - log q) per token; torch's kl_div(input, target) is KL(target || input)."""
+    """Return sum p (log p - log q) per token; torch's kl_div(input, target) is KL(target
+
+    input).
+    """
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     first, second = (log_t, log_s) if direction == "teacher_student" else (log_s, log_t)
     return F.kl_div(second, first, reduction="none", log_target=True).sum(-1)
 
 
 def logits(dtype: torch.dtype = torch.float64, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Student and teacher [4, 3, VOCAB], and the gradient that arrives at the loss, [4, 3]."""
+    """Return logits of student and teacher [4, 3, VOCAB], and the gradient that arrives at the loss, [4,
+    3]."""
     generator = torch.Generator().manual_seed(5)
     shape = (4, 3, VOCAB)
     student, teacher = (
@@ -67,7 +72,7 @@ def test_direction_by_hand() -> None:
 
 @pytest.mark.parametrize("kl", DIRECTIONS.values())
 def test_equal_logits_lose_nothing(kl) -> None:  # noqa: ANN001
-    """Also where they differ by a constant. Catches: logits taken for log-probabilities."""
+    """Logits that differ by a constant lose nothing either. Catches: logits taken for log-probabilities."""
     student, _, grad = logits()
     student.requires_grad_()
     loss = kl(student, student.detach() + 7)
@@ -77,7 +82,7 @@ def test_equal_logits_lose_nothing(kl) -> None:  # noqa: ANN001
 
 @pytest.mark.parametrize("kl", DIRECTIONS.values())
 def test_gradcheck(kl) -> None:  # noqa: ANN001
-    """Finite differences. Catches: a closed form that agrees with a wrong reference."""
+    """Uses finite differences. Catches: a closed form that agrees with a wrong reference."""
     student, teacher, _ = logits()
     assert torch.autograd.gradcheck(kl, (student[:1, :2, :9].clone().requires_grad_(), teacher[:1, :2, :9]))
 
@@ -108,7 +113,7 @@ def test_bf16_logits_and_far_tails(direction: str) -> None:
 
 
 def on_two_processes(rank: int, folder: str) -> None:
-    """Each rank holds its columns; saves loss and gradient of every split and direction."""
+    """Save loss and gradient of every split and direction on one rank, which holds its columns."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
@@ -124,9 +129,9 @@ def on_two_processes(rank: int, folder: str) -> None:
 
 
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
-    """Two gloo processes, 80 + 51 and 131 + 0 columns, forward and gradient, fp64 to 1e-12. Catches: a
-    softmax over a rank's own columns, the maximum or a sum not reduced, a loss that only one rank has, the
-    maximum of no columns, a gradient counted twice."""
+    """Runs two gloo processes with 80 + 51 and 131 + 0 columns, forward and gradient, fp64 to 1e-12.
+    Catches: a softmax over a rank's own columns, the maximum or a sum not reduced, a loss that only one
+    rank has, the maximum of no columns, a gradient counted twice."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(on_two_processes, (folder,), nprocs=2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]

@@ -1,4 +1,7 @@
-"""Planning: predictions against measurements. The figures are the documents', the constants one set."""
+"""Planning: predictions against measurements.
+
+The figures are those of the documents; one set of constants is used for all.
+"""
 
 import json
 import re
@@ -16,7 +19,7 @@ from tests.support.tools import ROOT, run_tool
 
 
 def rows_after(text: str, heading: str) -> list[list[str]]:
-    """Cells of the first table below a heading."""
+    """Return the cells of the first table below a heading."""
     below = text[text.index(heading) :]
     lines = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -62,10 +65,8 @@ def test_published_runs_are_those_of_the_authors() -> None:
 
 
 def test_one_slowdown_for_all() -> None:
-    """It is what the runs say, and no other constant knows them.
-
-    Catches: a default that was not fitted anew after the model of time had changed.
-    """
+    """The slowdown is what the runs give, and no other constant depends on them. Catches: a default that
+    was not fitted anew after the model of time had changed."""
     assumed = Assumptions()
     found = calibration.trainings(assumed)
     assert fitted_slowdown(found) == pytest.approx(assumed.slowdown, rel=0.005)

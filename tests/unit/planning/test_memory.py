@@ -28,7 +28,8 @@ PAPER, ADAPTER = (Setting(MODEL, RECIPES[name], 32, 8) for name in ("paper", "ad
 
 
 def test_a_layer_by_hand() -> None:
-    """Bytes per token: bf16 but for log-sum-exp (4 heads) and decisions (4 numbers of 2 groups) in fp32.
+    """Counts bytes per token: bf16, except log-sum-exp (4 heads) and decisions (4 numbers of 2 groups) in
+    fp32.
 
     Catches: a tensor forgotten or counted twice, TP where there is none, SP that divides nothing.
     """
@@ -61,8 +62,8 @@ def test_a_layer_by_hand() -> None:
 
 
 def test_a_rank_by_hand() -> None:
-    """TP 2 x PP 2 x DP 2, two layers a stage. Catches: a category of the wrong stage, in-flight microbatches
-    of the wrong number, optimizer state not divided, a teacher where the student is its own."""
+    """Counts TP 2 x PP 2 x DP 2 with two layers a stage. Catches: a category of the wrong stage, in-flight
+    microbatches of the wrong number, optimizer state not divided, a teacher where the student is its own."""
     layout = Layout(tp=2, pp=2, dp=2, sp=True)  # 4 microbatches
     layer = 8 * (32 + 16 + 48) // 2 + 16  # matrices over TP, two norms
     first = 2 * layer + 256 * 8 // 2
@@ -96,10 +97,9 @@ def test_a_rank_by_hand() -> None:
 
 
 def test_logits_of_a_fused_output_layer() -> None:
-    """1 / 64 of the tokens, at least 128, of student and teacher; three hidden states; the weight's gradient.
-
-    Catches: a chunk that grows with the context where it must not, a gradient where the base is frozen.
-    """
+    """Counts 1 / 64 of the tokens, at least 128, of student and teacher; three hidden states; and the
+    weight's gradient. Catches: a chunk that grows with the context where it must not, a gradient where the
+    base is frozen."""
     model = replace(MODEL, positions=2**16)
     for tokens, chunk in [(64, 64), (4096, 128), (65536, 1024)]:
         long = replace(PAPER, model=model, context=tokens, fuse_output_layer=True, logits_bytes=4)
@@ -111,7 +111,7 @@ def test_logits_of_a_fused_output_layer() -> None:
 
 
 def test_the_fullest_stage_is_found() -> None:
-    """Against all stages. Catches: a stage in the middle that is fuller than those looked at."""
+    """Compares with all stages. Catches: a stage in the middle that is fuller than those looked at."""
     model = preset("qwen-r1-1.5b")
     for recipe in RECIPES.values():
         for fused in (False, True):
@@ -140,7 +140,8 @@ def test_more_of_anything_parallel_needs_no_more_memory(name: str, recipe: str) 
 
 
 class _FlashLike(torch.autograd.Function):
-    """Keeps what the Triton back-end keeps (kernels/triton_attention.py); its result is not looked at."""
+    """Keeps the tensors that the Triton back-end keeps (kernels/triton_attention.py); its result is not
+    looked at."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor) -> Tensor:
@@ -160,8 +161,10 @@ class _FusedNorm(torch.autograd.Function):
 
 
 def kept(recipe: str, size: ModelSize) -> int:
-    """Bytes of distinct storages, no parameters, that a forward pass in fp32 keeps; RoPE's tables left out,
-    which all layers share on a GPU."""
+    """Return the bytes of distinct storages, without parameters, that a forward pass in fp32 keeps.
+
+    RoPE's tables are left out, because all layers share them on a GPU.
+    """
     predictor, train = ("linear", "predictor") if recipe == "adapter" else ("query_channel", "all")
     dms = DMSConfig(predictor=predictor, train=train, attention_backend="flash", window=16)
     config = transformer_config(

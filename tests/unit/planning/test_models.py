@@ -1,5 +1,4 @@
-"""Planning: parameter counts against transformers' classes, this project's name tables and Megatron's own
-accounting."""
+"""Planning: parameter counts against transformers' classes, the name tables and Megatron's own accounting."""
 
 import json
 from argparse import Namespace
@@ -23,7 +22,7 @@ CLASSES = {
 
 
 def hf_config(model_type: str, size: ModelSize) -> dict:
-    """config.json's content."""
+    """Return the content of a config.json."""
     config_class, _ = CLASSES[model_type]
     head = {} if model_type == "qwen2" else {"head_dim": size.head_size}
     config = config_class(
@@ -41,7 +40,7 @@ def hf_config(model_type: str, size: ModelSize) -> dict:
 
 
 def built(model_type: str, size: ModelSize) -> int:
-    """Parameters of transformers' model, without memory for them."""
+    """Return the number of parameters of transformers' model, built without memory for them."""
     config = CLASSES[model_type][0].from_dict(hf_config(model_type, size))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -66,7 +65,7 @@ def test_presets_have_the_parameters_of_their_class(name: str, model_type: str) 
 
 
 def test_presets_have_the_public_sizes() -> None:
-    """Of the checkpoints' own index files. Catches: a number of a preset mistyped."""
+    """Compares with the checkpoints' own index files. Catches: a number of a preset mistyped."""
     assert {name: size.parameters() for name, size in PRESETS.items()} == {
         "llama-3.2-1b": 1_235_814_400,
         "llama-2-7b": 6_738_415_616,
@@ -81,10 +80,8 @@ def test_presets_have_the_public_sizes() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_parameters_are_those_of_the_name_tables(model_type: str, tied: bool, tmp_path: Path) -> None:
-    """With the linear predictor, from the config.json that a conversion reads.
-
-    Catches: a predictor without its norm or bias, a key of config.json read wrongly.
-    """
+    """Counts with the linear predictor, from the config.json that a conversion reads. Catches: a predictor
+    without its norm or bias, a key of config.json read wrongly."""
     head_size = 8 if model_type == "qwen2" else 16
     wanted = replace(TINY, tied=tied, head_size=head_size, **CLASSES[model_type][1])
     config = hf_config(model_type, wanted)
@@ -98,10 +95,8 @@ def test_parameters_are_those_of_the_name_tables(model_type: str, tied: bool, tm
 
 
 def test_stages_add_up() -> None:
-    """All ranks' parameters are the model's, the padding, and what several ranks hold each.
-
-    Catches: an embedding on every stage, a copy of a tied one forgotten, norms divided by TP.
-    """
+    """The parameters of all ranks are the model's, the padding, and the copies that several ranks hold.
+    Catches: an embedding on every stage, a copy of a tied one forgotten, norms divided by TP."""
     size = replace(TINY, layers=4, qk_norm=True)
     table = 256 * 48  # 131 rows padded to 128 x TP 2
     for pp, tied, tables in [(1, False, 2), (2, False, 2), (4, False, 2), (1, True, 1), (2, True, 2)]:

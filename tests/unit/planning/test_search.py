@@ -21,7 +21,7 @@ DEVICE, ASSUMED = DEVICES["h100"], replace(Assumptions(), overhead=0.0)
 
 
 def by_brute_force(setting: Setting, ranks: int) -> list[Layout]:
-    """All numbers from 1 to `ranks`, judged by conditions of their own."""
+    """Return all layouts of numbers from 1 to `ranks` that satisfy the conditions written out here."""
     model, found = setting.model, []
     sizes = range(1, ranks + 1)
     for tp, pp, cp, dp in product(sizes, repeat=4):
@@ -83,7 +83,7 @@ def test_parts_of_a_layout_can_be_given() -> None:
 
 
 def test_refusals() -> None:
-    """Each with its numbers. Catches: a layout that Megatron would refuse."""
+    """Each refusal names its numbers. Catches: a layout that Megatron would refuse."""
     setting = Setting(SMALL, RECIPES["paper"], 18, 12)
     for layout, message in [
         (Layout(tp=3), "8 query heads are not divisible by 3"),
@@ -101,7 +101,7 @@ def test_refusals() -> None:
 
 
 def answer(*words: str) -> tuple[str, dict]:
-    """(stdout, its last line parsed)."""
+    """Run the planner; return stdout, and its last line parsed."""
     done = run_tool("plan", *words)
     assert done.status == 0, done.error
     return done.out, json.loads(done.out.splitlines()[-1])
@@ -191,7 +191,7 @@ def test_serve() -> None:
     ],
 )
 def test_bad_input(words: str, message: str) -> None:
-    """One line of error, exit status 2, nothing on stdout."""
+    """Bad input gives one line of error, exit status 2, and nothing on stdout."""
     done = run_tool("plan", *words.split())
     errors = [line for line in done.errors if line.startswith("error: ")]
     assert done.status == 2 and not done.out and len(errors) == 1 and message in errors[0]

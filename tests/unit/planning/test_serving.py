@@ -1,4 +1,4 @@
-"""Planning: inference by hand, and its inverse against trying every length."""
+"""Planning: inference by hand, and the longest context against trying every length."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ PAIR = 4 * 2 * 4 * 2 * 2
 
 
 def test_live_pairs() -> None:
-    """Everything up to window + 1, then one in CR. Catches: the window counted as compressed."""
+    """Every pair up to window + 1 lives, then one in CR. Catches: the window counted as compressed."""
     assert [live_pairs(tokens, 4, 9) for tokens in (1, 10, 14, 50)] == [1, 10, 11, 20]
     assert live_pairs(50, 1, 9) == 50
 
@@ -54,7 +54,7 @@ def test_seconds_by_hand() -> None:
     ("memory", "seconds"), [(30000, 1e9), (1e9, 250.0), (30000, 250.0), (1e9, 1e9), (10, 1e9), (1e9, 10.0)]
 )
 def test_the_longest_is_the_longest(chains: int, cr: float, memory: float, seconds: float) -> None:
-    """Against trying every length. Catches: an off-by-one, a limit of the wrong name."""
+    """Compares with trying every length. Catches: an off-by-one, a limit of the wrong name."""
     found = longest(SERVING, chains, cr, memory, seconds)
     lengths = range(1, MODEL.positions + 1)
     too_large = [tokens for tokens in lengths if SERVING.memory(chains, tokens, cr) > memory]
@@ -67,7 +67,7 @@ def test_the_longest_is_the_longest(chains: int, cr: float, memory: float, secon
 
 
 def test_more_is_never_less() -> None:
-    """A higher CR, more memory or time mean more tokens; more chains fewer."""
+    """A higher CR, more memory or more time never mean fewer tokens; more chains mean fewer."""
     long = replace(SERVING, model=replace(MODEL, positions=10**6))
 
     def tokens(chains: int = 2, cr: float = 4.0, memory: float = 60000, seconds: float = 1e9) -> int:

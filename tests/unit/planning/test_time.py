@@ -22,10 +22,9 @@ FAST = Device("fast", 1e15, 1e12, 1e30, 1e30, 1e30)
 
 
 def test_flops_by_hand() -> None:
-    """4 passes of a linear layer where all is trained, 3 with a frozen base, one more under full recompute.
-
-    Catches: a pass too many or too few, an output layer that is recomputed, a square of T not halved.
-    """
+    """A linear layer has 4 passes where all is trained, 3 with a frozen base, and one more under full
+    recompute. Catches: a pass too many or too few, an output layer that is recomputed, a square of T not
+    halved."""
     work = stage_work(PAPER, Layout(), 0)
     assert work.matmul == 2 * TOKENS * (4 * LAYER * 4 + TABLE * 4)
     # causal: query i reads i keys, two products of 2 FLOPs for each of 16 channels: 2 T^2 q
@@ -164,6 +163,6 @@ def test_what_is_slower(recipe: str) -> None:
 
 
 def test_steps_to_a_ratio() -> None:
-    """The paper's: CR 4 after 300 steps, CR 8 after 700. NVIDIA's: CR 16 after 510."""
+    """The paper reaches CR 4 after 300 steps and CR 8 after 700; NVIDIA reaches CR 16 after 510."""
     assert [steps_to(cr, 100, 0) for cr in (1, 4, 8)] == [0, 300, 700]
     assert steps_to(8, 100, 200) == 900 and steps_to(16, 34, 0) == 510

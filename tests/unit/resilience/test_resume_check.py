@@ -1,4 +1,4 @@
-"""tools/verify_resume.py on a run of one small process, which keeps its promise or breaks it in one way."""
+"""`verify-resume` on a run of one small process, which keeps its promise or breaks it in one way."""
 
 import json
 import sys
@@ -52,6 +52,7 @@ for step in range((start or 0) + 1, args.train_iters + 1):
 
 
 def verify(tmp_path: Path, *words: str, fault: str = "none") -> Done:
+    """Run the tool on the small run."""
     script = tmp_path / "run.py"
     script.write_text(RUN)
     command = (sys.executable, script, "--fault", fault)

@@ -1,4 +1,7 @@
-"""Which checkpoint a run goes on from, whatever happened to the files; on small ones, without Megatron."""
+"""Which checkpoint a run resumes from, whatever happened to the files.
+
+The checkpoints are small and made without Megatron.
+"""
 
 import errno
 import os
@@ -21,15 +24,16 @@ from tests.support.run_folders import DATA, save_one, staged, sums
 
 @pytest.fixture
 def save(tmp_path: Path) -> Path:
-    """A run with checkpoints 2, 4 and 6."""
+    """Make a run with checkpoints 2, 4 and 6."""
     for iteration in (2, 4, 6):
         save_one(tmp_path / "run", iteration)
     return tmp_path / "run"
 
 
 def test_the_pointer_decides(save: Path) -> None:
-    """Also where somebody set it back by hand. Catches: the newest folder taken, of a course of the run that
-    was given up, at once or once the one pointed to is damaged; and a verdict about a run that has none."""
+    """The pointer decides even if somebody set it back by hand. Catches: the newest folder taken, of a
+    course of the run that was given up, at once or once the one pointed to is damaged; and a verdict about
+    a run that has none."""
     assert resume_point(save) == (6, {})
     (save / TRACKER).write_text("4\n")
     assert resume_point(save) == (4, {})
@@ -97,7 +101,8 @@ def test_a_flipped_bit_changes_the_checksum_of_its_file(save: Path) -> None:
 
 
 def test_one_that_does_not_describe_itself_is_passed_over_at_the_start(save: Path) -> None:
-    """Its sizes are right, and its checksums come later. Catches: a run that ends there at each start."""
+    """The sizes of the checkpoint are right, and its checksums are compared later. Catches: a run that
+    ends there at each start."""
     for iteration, content in ((6, bytes), (4, lambda size: b"\x80\x05}" + bytes(size - 3))):
         path = save / iteration_name(iteration) / ".metadata"
         path.write_bytes(content(path.stat().st_size))
@@ -127,7 +132,8 @@ def test_nothing_left_is_an_error_and_no_new_start(save: Path) -> None:
 
 
 def test_a_checkpoint_without_checksums_is_used_where_the_pointer_names_it(save: Path) -> None:
-    """Of an earlier version. Catches: old runs that cannot go on; an unfinished folder of theirs taken."""
+    """An earlier version wrote such checkpoints. Catches: old runs that cannot go on; an unfinished folder
+    of theirs taken."""
     (save / iteration_name(6) / MANIFEST).unlink()
     assert resume_point(save) == (6, {})
     (save / TRACKER).write_text("")
@@ -181,7 +187,7 @@ def test_a_save_that_stops_anywhere_leaves_the_one_before_or_the_new_one(
 
 
 def test_a_stale_checkpoint_is_replaced_as_a_whole(save: Path) -> None:
-    """Iteration 6 of a course that was given up, with a file more. Catches: files of both mixed."""
+    """Iteration 6 of a course that was given up has one file more. Catches: files of both mixed."""
     (save / TRACKER).write_text("4")
     (save / iteration_name(6) / "__7_0.distcp").write_bytes(b"of another layout")
     save_one(save, 6, value=7.0)

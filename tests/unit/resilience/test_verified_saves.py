@@ -1,4 +1,4 @@
-"""Around Megatron's saving and loading: what needs no second rank to be seen."""
+"""What surrounds Megatron's saving and loading, as far as one rank can show it."""
 
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from tests.support.run_folders import DATA, save_one
 
 
 class Phases:
-    """A watchdog that only remembers."""
+    """A watchdog that only records the phases."""
 
     def __init__(self) -> None:
         self.now: str | None = None

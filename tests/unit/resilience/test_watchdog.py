@@ -1,4 +1,5 @@
-"""The watchdog without Megatron: who is blamed, and ranks that hang, freeze, fail or lose their store."""
+"""The watchdog without Megatron: which rank is blamed, and ranks that hang, freeze, fail or lose their
+store."""
 
 import os
 import signal
@@ -45,7 +46,7 @@ def test_a_report_survives_the_store() -> None:
 
 
 class _Work:
-    """Its wait is C, as that of torch's Work."""
+    """Its wait is a C function, as that of torch's Work."""
 
     def __init__(self, lock: threading.Lock) -> None:
         self.wait = lock.acquire
@@ -53,7 +54,7 @@ class _Work:
 
 @pytest.mark.parametrize(("waits", "line"), [(True, "work.wait()"), (False, "time.sleep(1)")])
 def test_waiting_is_told_from_working(waits: bool, line: str) -> None:
-    """By the innermost line. Catches: everybody waits, or nobody does."""
+    """The innermost line tells which. Catches: everybody waits, or nobody does."""
     lock = threading.Lock()
     lock.acquire()
     scope = {"work": _Work(lock), "time": time}
@@ -164,7 +165,7 @@ def test_a_hanging_rank_is_named_and_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_a_frozen_rank_is_named(tmp_path: Path) -> None:
-    """Its process is stopped, as on a machine that died. Catches: a silence that nobody notices."""
+    """The rank's process is stopped, as on a machine that died. Catches: a silence that nobody notices."""
     pair = Pair(tmp_path, sleeps, silence=2)
     pair.wait_until_ready()
     os.kill(pair.pids[1], signal.SIGSTOP)
@@ -186,8 +187,8 @@ def test_ranks_without_a_store_end(tmp_path: Path) -> None:
 
 
 def test_an_exception_is_said_with_rank_step_and_phase(tmp_path: Path) -> None:
-    """While saving; torchrun then ends the other rank. Catches: a phase that is left before its error is
-    named, a cause of many lines, a rank that survives SIGTERM."""
+    """A rank fails while saving; torchrun then ends the other rank. Catches: a phase that is left before
+    its error is named, a cause of many lines, a rank that survives SIGTERM."""
 
     def fails(watchdog: Watchdog, ready: Callable) -> None:
         ready()
@@ -208,7 +209,8 @@ def test_an_exception_is_said_with_rank_step_and_phase(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "told"), [(1, True), (0, False)])
 def test_an_exit_that_was_explained_ends_the_others(tmp_path: Path, status: int, told: bool) -> None:
-    """As where a save fails. Catches: ranks of other machines that are not told, or told of a good end."""
+    """A save that fails ends like this. Catches: ranks of other machines that are not told, or told of a
+    good end."""
 
     def exits(watchdog: Watchdog, ready: Callable) -> None:
         ready()
@@ -226,7 +228,7 @@ def test_an_exit_that_was_explained_ends_the_others(tmp_path: Path, status: int,
 
 
 def test_after_sigterm_the_dead_rank_is_named(tmp_path: Path) -> None:
-    """torchrun ends the others when one was killed. Catches: survivors that go without a word."""
+    """torchrun ends the other ranks when one was killed. Catches: survivors that go without a word."""
     pair = Pair(tmp_path, sleeps)
     pair.wait_until_ready()
     os.kill(pair.pids[1], signal.SIGKILL)
@@ -238,8 +240,8 @@ def test_after_sigterm_the_dead_rank_is_named(tmp_path: Path) -> None:
 
 
 def test_a_child_dies_of_sigterm_and_a_run_ends_well(tmp_path: Path) -> None:
-    """Data loader workers are forked. Catches: one that cannot be ended, or whose signal ends the run; and a
-    neighbour's normal end taken for its death."""
+    """Data loader workers are forked. Catches: a worker that cannot be ended, or whose signal ends the
+    run; and a neighbour's normal end taken for its death."""
 
     def forks(watchdog: Watchdog, ready: Callable) -> None:
         ready()

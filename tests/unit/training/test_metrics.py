@@ -1,4 +1,4 @@
-"""What is logged, by hand."""
+"""The figures that are logged, worked out by hand."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron_dms.training.metrics import (
 
 
 def account() -> CompressionAccount:
-    """Two layers of one KV head, two samples of 4 and 2 valid tokens."""
+    """Return an account of two layers of one KV head, with two samples of 4 and 2 valid tokens."""
     valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     made = CompressionAccount(ModelShape(2, 1, 2, None), 0.75, valid.sum(dim=1).float(), 1.0)
     hard = torch.tensor([[[1.0, 1, 0, 0]], [[1, 0, 1, 1]]])  # the last two of sample 1 are padding
@@ -33,8 +33,8 @@ def account() -> CompressionAccount:
 
 
 def test_reports_are_ratios_of_sums() -> None:
-    """12 decisions, 3 of them to evict: CR = 12 / 9. Catches a mean of ratios, padding that counts, and soft
-    and hard exchanged."""
+    """3 of 12 decisions evict: CR = 12 / 9. Catches a mean of ratios, padding that counts, and soft and
+    hard exchanged."""
     reports = compression_reports(account(), target_cr=4.0)
     values = {name: float(top / bottom) for name, (top, bottom) in reports.items()}
     assert values[HARD_CR] == pytest.approx(12 / 9)

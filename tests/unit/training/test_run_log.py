@@ -1,4 +1,4 @@
-"""The mirror of all metrics, which W&B run a job goes on with, and the line that names the optimizer."""
+"""The file with all metrics, the W&B run that a job resumes, and the line that names the optimizer."""
 
 import json
 import os
@@ -20,7 +20,7 @@ OURS = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Its lines as strict JSON, without their times."""
+    """Read the lines as strict JSON, without their times."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -31,8 +31,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def test_one_line_per_step_at_any_time(tmp_path: Path) -> None:
-    """A tensor, a validation at the same step, no finite number. Catches: a line that is written only when
-    its step is over (a crash would lose it), two lines of a step, NaN in JSON, a step counted in samples."""
+    """Logs a tensor, a validation at the same step, and a number that is not finite. Catches: a line that
+    is written only when its step is over (a crash would lose it), two lines of a step, NaN in JSON, a step
+    counted in samples."""
     path = tmp_path / "new" / "metrics.jsonl"
     writer = MirroringWriter(MetricsFile(path, 0), None)
     writer.add_scalar("loss", torch.tensor(1.5), 1)
@@ -83,7 +84,7 @@ def test_all_else_is_tensorboards(tmp_path: Path) -> None:
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, save: Path, step: int, **user: str) -> dict[str, str]:
-    """W&B's environment after the start of a job."""
+    """Return W&B's environment after the start of a job."""
     for name in OURS:
         monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
@@ -131,7 +132,7 @@ def test_all_jobs_log_into_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_a_server_rewinds_or_training_goes_on(
     can: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Online, with a stand-in for wandb. Catches: a server without rewinding that ends the job."""
+    """Runs online, with a stand-in for wandb. Catches: a server without rewinding that ends the job."""
     calls: list[Any] = []
 
     class Error(Exception):

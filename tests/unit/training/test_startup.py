@@ -1,7 +1,8 @@
-"""Mistakes on the command line, in checkpoints and in data: one line each, before anything is built.
+"""Mistakes on the command line, in checkpoints and in data give one line each, before anything is built.
 
-Imports of Megatron take seconds, so most cases go through one process, which calls what pretrain_dms.py calls
-and collects each message."""
+Imports of Megatron take seconds, so most cases go through one process. It calls what pretrain_dms.py
+calls, and collects each message.
+"""
 
 import json
 import shutil
@@ -97,7 +98,7 @@ def cut(file: Path, share: float) -> None:
 
 
 def copy_with_config(hf: Path, folder: Path, **changes: object) -> None:
-    """A HF folder whose config.json has other values."""
+    """Copy a HF folder, with other values in its config.json."""
     shutil.copytree(hf, folder)
     config = json.loads((hf / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -140,7 +141,8 @@ class Folders:
         (root / "garbage.idx").write_bytes(b"not an index at all" * 20)
 
     def words(self, flags: str) -> list[str]:
-        """A good command line with `flags` behind it (the last one of a flag counts); {root} is filled in."""
+        """Return a good command line with `flags` behind it (the last value of a flag counts); {root} is
+        filled in."""
         good = (
             "--seq-length 50 --train-iters 5 --lr 3e-4 --micro-batch-size 2 --global-batch-size 4 "
             f"--eval-iters 0 --dms-window 7 --save-interval 5 --save {self.root}/save"
@@ -301,7 +303,7 @@ NO_RANKS = dict.fromkeys(
 
 @pytest.fixture(scope="module")
 def messages(folders: Folders) -> dict:
-    """What each case says, and the model of the good one."""
+    """Return what each case says, and a description of the good case's model."""
     cases = folders.root / "cases.json"
     words = {name: folders.words(flags) for name, (flags, _) in CASES.items()}
     good = folders.words("")
@@ -325,8 +327,9 @@ def test_one_line_names_found_expected_and_fix(name: str, messages: dict[str, st
 
 
 def test_the_model_is_the_checkpoints(messages: dict, folders: Folders) -> None:
-    """A command line without mistakes: what Megatron builds has every number of the HF config. Catches: an
-    argument that Megatron knows by another name, so that its own default is trained instead."""
+    """The command line has no mistakes, and the model that Megatron builds has every number of the HF
+    config. Catches: an argument that Megatron knows by another name, so that its own default is trained
+    instead."""
     assert messages["good"] == "nothing was wrong"
     config = json.loads((folders.root / "hf" / "config.json").read_text())
     theirs = {
@@ -358,8 +361,8 @@ def test_nothing_is_left_behind(messages: dict[str, str], folders: Folders) -> N
     ],
 )
 def test_the_command_itself(flags: str, start: str, folders: Folders, tmp_path: Path) -> None:
-    """The real entry script, before and after Megatron's import. Catches: a traceback, a second error line,
-    exit status 0, a folder left behind."""
+    """Runs the real entry script, with mistakes found before and after Megatron's import. Catches: a
+    traceback, a second error line, exit status 0, a folder left behind."""
     words = folders.words(f"{flags} --save {tmp_path}/save")
     done = run_python(ROOT / "pretrain_dms.py", *words, cwd=folders.root, env=NO_RANKS)
     errors = [line for line in done.errors if "error" in line.lower()]
