@@ -109,7 +109,8 @@ def test_trials_differ_from_the_standard_in_what_they_are_named_after() -> None:
     assert trials_of["immediate"].retrofit.flags["--dms-lag"] == standard.window
     assert said["lag-0"] == {"--dms-lag"} and trials_of["lag-0"].retrofit.flags["--dms-lag"] == 0
     assert said["window-64"] == {"64"} and said["key-channel"] == {"--dms-predictor", "key_channel"}
-    assert {"200", "400", "16"} <= said["long-8"] and trials_of["long-4"].retrofit.steps == 200 + 3 * 400
+    assert {"200", "400"} <= said["long-8"] and trials_of["long-4"].retrofit.steps == 200 + 3 * 400
+    assert trials_of["long-8"].retrofit.batch == 16  # a number that the standard's window has, too
     assert {"--dms-method", "merge"} <= said["dmc-30"] and trials_of["dmc-30"].merges
     for name in ("steps-10", "steps-60", "dmc-10", "dmc-60"):
         assert trials_of[name].retrofit.steps_per_cr == int(name.split("-")[1])
