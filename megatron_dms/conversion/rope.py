@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_dms.errors import CheckpointError
+from megatron_dms.upstream.megatron_rope import set_attention_factor
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -199,18 +200,4 @@ def set_rope(model: "GPTModel", rope: Mapping[str, str | float]) -> None:
             "expected all; use --rotary-percent 1.0"
         )
     embedding.inv_freq = new.to(device=old.device, dtype=old.dtype)
-    _set_attention_factor(model, attention_factor(rope))
-
-
-def _set_attention_factor(model: "GPTModel", factor: float) -> None:
-    """Megatron's attention multiplies cosine and sine by a factor of its own for yarn, kept under a private
-    name (checked on 0.19.2); its flags cannot express every factor.
-    """
-    if factor == 1.0:
-        return
-    if model.config.apply_rope_fusion:
-        raise CheckpointError("fused RoPE takes no attention factor, which yarn needs; use --no-rope-fusion")
-    for layer in model.decoder.layers:
-        if not hasattr(layer.self_attention, "_yarn_concentration_factor"):
-            raise CheckpointError("this version of Megatron-Core has no place for yarn's attention factor")
-        layer.self_attention._yarn_concentration_factor = factor
+    set_attention_factor(model, attention_factor(rope))

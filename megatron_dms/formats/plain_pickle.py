@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-_TORCH_BUILDERS = ("_rebuild_tensor_v2", "_rebuild_parameter")
+from megatron_dms.upstream.torch_checkpoint import is_tensor_builder
+
 _CLASSES = {
     ("argparse", "Namespace"): Namespace,
     ("types", "SimpleNamespace"): SimpleNamespace,
@@ -49,7 +50,7 @@ class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:
             return _CLASSES[module, name]
-        if module == "torch._utils" and name in _TORCH_BUILDERS:
+        if is_tensor_builder(module, name):
             return super().find_class(module, name)
         if module in ("torch", "torch.storage"):
             found = getattr(torch, name, None) if module == "torch" else getattr(torch.storage, name, None)

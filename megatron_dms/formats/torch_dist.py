@@ -15,34 +15,29 @@ import io
 import json
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, is_dataclass
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter, filesystem, planner
-from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _create_file_view
-from torch.serialization import skip_data
 
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats import plain_pickle
 from megatron_dms.formats.safetensors_file import write_pieces
 from megatron_dms.formats.tensor_rows import FileRows, read_all
+from megatron_dms.upstream import torch_checkpoint
 
 COMMON_STATE = "common_state/shard_0_1"
 _METADATA_JSON = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -78,27 +73,6 @@ class Chunk:
         )
 
 
-class _Writer(FileSystemWriter):
-    """DCP's writer of `.metadata`, less the output's path and a random id: the same input gives the same
-    bytes. Like all of a conversion it does not call fsync (staging.py).
-    """
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-
-class _Envelope(io.BytesIO):
-    """What `torch.save` writes around a tensor's bytes, in whose place `skip_data` makes it seek."""
-
-    hole: int | None = None
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence != io.SEEK_CUR or self.hole is not None:
-            raise RuntimeError("torch.save seeks in a way not known of torch 2.13")
-        self.hole, self.skipped = self.tell(), offset
-        return self.hole + offset
-
-
 def write(folder: Path, chunks: Iterable[Chunk], objects: Iterable[str], common: dict[str, object]) -> None:
     """Write one checkpoint folder (release or iter_...), which must exist, and check it.
 
@@ -119,23 +93,20 @@ def write(folder: Path, chunks: Iterable[Chunk], objects: Iterable[str], common:
             else:
                 _write_tensor(stream, content, item.tensor_data.chunk.sizes)
             size = stream.tell() - begin
-            place = filesystem._StorageInfo(_DATA_FILE, begin, size)
+            place = torch_checkpoint.Place(_DATA_FILE, begin, size)
             results.append(WriteResult(item.index, size, place))
-    _Writer(folder, sync_files=False).finish(metadata, [results])
+    torch_checkpoint.write_metadata(folder, metadata, results)
     (folder / "metadata.json").write_text(json.dumps(_METADATA_JSON))
     _check_written(Reader(folder), chunks, blobs)
 
 
 def _write_tensor(stream: io.BufferedWriter, chunk: Chunk, sizes: torch.Size) -> None:
-    envelope = _Envelope()
-    with skip_data():
-        torch.save(torch.empty(sizes, dtype=chunk.dtype), envelope)  # memory never touched, so never taken
-    around = memoryview(envelope.getvalue())
-    stream.write(around[: envelope.hole])
+    before, announced, after = torch_checkpoint.envelope(sizes, chunk.dtype)
+    stream.write(before)
     written = write_pieces(stream, chunk.pieces(), chunk.dtype)
-    if written != envelope.skipped:
+    if written != announced:
         raise RuntimeError(f"{chunk.key}: made {written} bytes, announced {chunk.dtype} {chunk.shape}")
-    stream.write(around[envelope.hole :])
+    stream.write(after)
 
 
 def _check_written(reader: "Reader", chunks: Sequence[Chunk], blobs: Iterable[MetadataIndex]) -> None:
@@ -199,12 +170,9 @@ class _MetadataUnpickler(plain_pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        for known in (dcp, planner, filesystem):
-            found = getattr(known, name, None) if known.__name__ == module else None
-            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, Enum)):
-                return found
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout  # a look-up in a table
+        known = torch_checkpoint.metadata_class(module, name)
+        if known is not None:
+            return known
         found = super().find_class(module, name)
         opaque = isinstance(found, type) and issubclass(found, plain_pickle.Opaque)
         if opaque and module.partition(".")[0] != "megatron":
@@ -237,7 +205,7 @@ class Reader:
             self.tensors = {
                 key: md for key, md in everything.items() if isinstance(md, TensorStorageMetadata)
             }
-            self._places: dict[MetadataIndex, filesystem._StorageInfo] = dict(metadata.storage_data)
+            self._places: dict[MetadataIndex, torch_checkpoint.Place] = dict(metadata.storage_data)
             self._needed: dict[str, int] = {}
             for place in self._places.values():
                 if Path(place.relative_path).name != place.relative_path:
@@ -312,11 +280,7 @@ class Reader:
             if place.transform_descriptors:
                 raise ValueError(f"stored through {place.transform_descriptors}, expected plain bytes")
             with path.open("rb") as stream:
-                view = _create_file_view(stream, place.offset, place.length)
-                with skip_data():  # the values' memory is reserved only, neither read nor touched
-                    tensor = torch.load(view, map_location="cpu", weights_only=True)
-                view.seek(0)
-                start = torch._C.PyTorchFileReader(view).get_record_offset("data/0")
+                tensor, start = torch_checkpoint.read_envelope(stream, place)
             if (tensor.dtype, tensor.shape) != (dtype, shape) or not tensor.is_contiguous():
                 raise ValueError(
                     f"found {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}, expected "
@@ -326,7 +290,7 @@ class Reader:
             raise CheckpointError(
                 f"{self.folder}: cannot read {key} ({type(error).__name__}: {error})"
             ) from error
-        start += place.offset + tensor.storage_offset() * dtype.itemsize
+        start += tensor.storage_offset() * dtype.itemsize
         return FileRows(path, start, dtype, tensor.shape)
 
     def tensor(self, key: str, layer: int | None = None) -> Tensor:
@@ -358,7 +322,7 @@ class Reader:
 def _unpickle(stream: io.BytesIO, folder: Path) -> object:
     """Load a torch.save stream; objects of Megatron's own classes come as `plain_pickle.Opaque`."""
     try:
-        if "constants.pkl" in torch._C.PyTorchFileReader(stream).get_all_records():
+        if "constants.pkl" in torch_checkpoint.archive_members(stream):
             raise ValueError("it holds a TorchScript program, which torch.load would run")
         stream.seek(0)
         return torch.load(stream, pickle_module=plain_pickle, weights_only=False, map_location="cpu")

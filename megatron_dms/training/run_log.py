@@ -7,10 +7,12 @@ one, as after a crash, rewinds the run to that step.
 import os
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from megatron_dms.files import write_durably
 from megatron_dms.training.metrics_file import NAME, MetricsFile, MirroringWriter
+from megatron_dms.upstream.megatron_loggers import wrap_tensorboard_writer
 
 RUN_ID = "wandb_run_id"
 
@@ -40,11 +42,7 @@ def open_run_log(args: Namespace, step: int) -> MetricsFile | None:
 def mirror_metrics(mirror: MetricsFile | None) -> None:
     """After Megatron has opened its loggers: put the mirror before its TensorBoard writer, if any."""
     if mirror is not None:
-        # There is a getter only, and training asks it at each step (megatron-core 0.19.2).
-        from megatron.training import global_vars
-
-        writer = MirroringWriter(mirror, global_vars.get_tensorboard_writer())
-        global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+        wrap_tensorboard_writer(partial(MirroringWriter, mirror))
 
 
 def _choose_wandb_run(args: Namespace, step: int, rewind: bool) -> None:

@@ -11,7 +11,6 @@ import traceback
 from argparse import Namespace
 from dataclasses import fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -62,7 +61,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
     Raises:
         StartupError: see the module's docstring.
     """
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import parse_args
     from megatron.training.global_vars import set_global_variables
 
     from megatron_dms.conversion import CheckpointError
@@ -70,6 +69,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
     from megatron_dms.errors import DataError
     from megatron_dms.training.layout import check_heads_and_layers, check_layout
     from megatron_dms.training.run_log import mirror_metrics, open_run_log
+    from megatron_dms.upstream.megatron_arguments import validate
 
     try:
         begin: list[tuple[Weights, bool]] = []
@@ -94,11 +94,7 @@ def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "W
         args.pretrained_checkpoint = None
         args.load = None if args.load and Path(args.load) == start.folder else args.load
     try:
-        # Megatron drops --async-save without a persistent worker; one process per save, forked when the
-        # tensors are in main memory, is still in it (megatron-core 0.19.2) and is a snapshot on CPU, too.
-        asynchronous, args.async_save = args.async_save, False
-        validate_args(args, {})
-        args.async_save = asynchronous
+        validate(args)
         mirror = open_run_log(args, start.iteration if continues else 0)
         set_global_variables(args)
         mirror_metrics(mirror)
@@ -122,8 +118,7 @@ def _prepare_parser(
     begin: gets the starting point, which these defaults need, so that it is opened once.
     """
     from megatron_dms.conversion import set_parser_defaults
-    from megatron_dms.upstream import cpu
-    from megatron_dms.upstream.wheel import LOCAL_DEFAULTS
+    from megatron_dms.upstream.megatron_arguments import set_machine_defaults
 
     parser.error = _raise_startup_error
     add_dms_arguments(parser)
@@ -134,12 +129,7 @@ def _prepare_parser(
     )
     parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
     parser.set_defaults(cp_comm_type=["a2a"], async_strategy="mcore")
-    if find_spec("transformer_engine") is None:
-        parser.set_defaults(**LOCAL_DEFAULTS)
-    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex
-        parser.set_defaults(gradient_accumulation_fusion=False)
-    if cpu.installed():
-        parser.set_defaults(**cpu.ARGUMENT_DEFAULTS)
+    set_machine_defaults(parser)
     early, _ = parser.parse_known_args()
     start, continues = starting_point(early)
     begin.append((start, continues))

@@ -49,6 +49,7 @@ from megatron_dms.training.metrics import (
     schedule_text,
 )
 from megatron_dms.training.trainable import zero_borrowed_rows
+from megatron_dms.upstream.megatron_optimizer import optimizer_of
 
 _Queue = deque[tuple[dict[str, Tensor], Microbatch]]
 
@@ -117,9 +118,7 @@ class RetrofitStep:
         tokens = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum()
         dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         self._target_tokens = tokens.clamp(min=1)
-        # Megatron hands out its optimizer nowhere; the bound method it leaves in the model's config is the
-        # one way to reach it (megatron-core 0.19.2).
-        optimizer = config.grad_scale_func.__self__
+        optimizer = optimizer_of(config)
         if self._finished is None:
             print_rank_0(optimizer_text(optimizer))
         self._finished = get_args().curr_iteration + 1

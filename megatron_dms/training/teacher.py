@@ -1,30 +1,25 @@
-"""Student and teacher as one model, through nvidia-modelopt's Megatron distillation.
+"""Student and teacher as one model, through nvidia-modelopt (upstream/modelopt_distillation.py).
 
-modelopt runs the frozen teacher before the student in each forward pass, sends both activations through the
-pipeline side by side, captures both logits on the last stage, and hides the teacher from checkpoints. What it
-does not bring is here: a KL that leaves vocabulary padding out and keeps no fp32 copies of the logits, and a
-teacher that shares the student's tensors.
+What modelopt does not bring is here: a KL that leaves vocabulary padding out and keeps no fp32 copies of the
+logits, and a teacher that shares the student's tensors.
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import modelopt.torch.distill as mtd
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.utils import VocabUtility
-from modelopt.torch.distill.plugins.megatron import DistillationConfig, adjust_distillation_model_for_mcore
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.kernels.kl import distillation_kl
+from megatron_dms.upstream.modelopt_distillation import DistillationLoss, distillation_model
 
-_LOGIT_LAYERS = ("output_layer", "output_layer")
 
-
-class TokenKL(torch.nn.modules.loss._Loss):
+class TokenKL(DistillationLoss):
     """KL per token between vocabulary-parallel logits, [T, B, V / TP] each -> [B, T].
 
     Columns beyond the true vocabulary are left out: how many there are depends on the layout.
@@ -60,38 +55,14 @@ def distill(student: GPTModel, teacher: GPTModel, dms: DMSConfig, vocab_size: in
         dms: direction and temperature of the loss.
         vocab_size: true vocabulary, without padding.
     """
-    criterion = {}
-    if student.post_process:
-        criterion = {_LOGIT_LAYERS: TokenKL(dms, vocab_size, student.pg_collection.tp)}
-    settings = DistillationConfig(criterion=criterion, logit_layers=_LOGIT_LAYERS)
-    model = mtd.convert(
-        student,
-        mode=[("kd_loss", {"teacher_model": teacher, "criterion": criterion, "loss_balancer": None})],
-    )
-    adjust_distillation_model_for_mcore(model, settings)
-    model.forward = partial(_forward, model)
+    loss = TokenKL(dms, vocab_size, student.pg_collection.tp) if student.post_process else None
+    model = distillation_model(student, teacher, loss)
     model.compute_language_model_loss = partial(
         _validation_cross_entropy, model, model.compute_language_model_loss, vocab_size
     )
-    # Where the activations of the two are cut apart again on the next pipeline stage. modelopt learns this
-    # from a function that Megatron calls only where megatron.post_training is installed; with
-    # variable_seq_lengths the stages exchange their tensor shapes, and this number is all that is missing.
-    model.set_student_input_tensor_shape([(student.config.hidden_size,)])
     # The teacher is a plain model: it knows nothing of microbatch records, see mcore/microbatch.py.
     teacher.register_forward_pre_hook(_without_microbatch, with_kwargs=True)
     return model
-
-
-def _forward(model: GPTModel, *args: Any, **kwargs: Any) -> Tensor:
-    """As modelopt's own (0.47.0), which asks the pipeline rank whether this is the last stage: with virtual
-    stages (megatron-core 0.19.2) only one of the last rank's is, and each knows of itself."""
-    teacher = model._teacher_model.eval()
-    with torch.no_grad():
-        teacher_output = teacher(*args, **kwargs)
-    model._lm_loss_call_count = 0  # modelopt's, which tells the main loss from those of further tokens by it
-    with model.only_student_forward():
-        student_output = type(model).forward(model, *args, **kwargs)
-    return student_output if model.post_process else torch.cat([student_output, teacher_output], dim=-1)
 
 
 def _validation_cross_entropy(
