@@ -16,8 +16,8 @@ from statistics import quantiles
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from megatron_dms.upstream.torch_operators import OperatorMode, storages
 
 CACHE_BYTES = 2**28
 """Written before each timed call on CUDA: more than its caches hold, and time for the host to run ahead."""
@@ -197,7 +197,7 @@ class Memory(AbstractContextManager):
         return self._counter.peak
 
 
-class StorageCounter(TorchDispatchMode):
+class StorageCounter(OperatorMode):
     """Adds the bytes of each storage that an operator makes, and takes them off when it dies.
 
     torch refuses to run FlexAttention under it: that peak is not measured on the CPU.
@@ -210,16 +210,15 @@ class StorageCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is_tensor(x)}
+        given = storages((args, kwargs)).keys()
         out = func(*args, **kwargs)
-        for x in filter(_is_tensor, tree_leaves(out)):
-            storage = x.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self._known:
-                self._count(storage)
+        for address, storage in storages(out).items():
+            if address not in given and address not in self._known:
+                self._count(address, storage)
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
+    def _count(self, address: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
 
         def forget(_: weakref.ref) -> None:
             del self._known[address]
@@ -228,7 +227,3 @@ class StorageCounter(TorchDispatchMode):
         self._known[address] = weakref.ref(storage, forget)
         self.alive += size
         self.peak = max(self.peak, self.alive)
-
-
-def _is_tensor(x: object) -> bool:
-    return isinstance(x, torch.Tensor) and x.layout == torch.strided

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from transformers.cache_utils import Cache, DynamicCache
 
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
+from megatron_dms.upstream.transformers_models import model_from_config
 
 
 class Shape(NamedTuple):
@@ -78,7 +79,7 @@ def make_models(shape: str, cr: float, dtype: torch.dtype, device: torch.device)
     _randomize(dense.to(device))
     entries = config_entries(config.model_type, "query_channel", "head", WINDOW, LAG, 1.0, _NEVER, 0.1, cr)
     dms_config = type(config).from_dict({**config.to_dict(), **entries})
-    dms = getattr(modeling_dms, MODEL_CLASSES[config.model_type])._from_config(dms_config, dtype=dtype)
+    dms = model_from_config(getattr(modeling_dms, MODEL_CLASSES[config.model_type]), dms_config, dtype)
     dms.load_state_dict(dense.state_dict(), assign=True)
     return Pair(dense.eval(), dms.to(device).eval())
 

@@ -4,84 +4,31 @@ Both return the log-sum-exp beside the output, and their backward takes output a
 whoever joins several calls into one softmax passes the joined ones, and gets the exact gradients of the
 whole.
 
-These are operators behind F.scaled_dot_product_attention, whose own interface keeps the log-sum-exp to
-itself. Their names are torch's private ones, checked with 2.11 and 2.13; nothing else here touches them.
-
 Shapes: B samples, H query heads, G KV heads, T tokens, D head size; lse [B, H, T] fp32, natural logarithm.
 """
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-aten = torch.ops.aten
+from megatron_dms.upstream.torch_flash_attention import Call, cpu_attention, cuda_attention
+
 MIN_BLOCK = 64
 """Queries in a block of the windowed attention on CPU, at least."""
 
 
-class Call(NamedTuple):
-    """One finished call and what its backward needs."""
-
-    out: Tensor
-    lse: Tensor
-    backward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    """(gradient of out, joined out, joined lse) -> gradients of q, k and v."""
-
-
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
     """Query i reads keys 0 to i. q: [B, H, T, D]; k, v: [B, G, T, D]."""
-    return _cuda(q, k, v, scale, window=None) if q.is_cuda else _cpu(q, k, v, scale, mask=None)
+    if q.is_cuda:
+        return cuda_attention(q, k, v, scale, window=None)
+    return cpu_attention(q, k, v, scale, mask=None)
 
 
 def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Call:
     """Query i reads keys i - window to i."""
     if window >= q.shape[2] - 1:
         return causal(q, k, v, scale)
-    return _cuda(q, k, v, scale, window) if q.is_cuda else _cpu_in_blocks(q, k, v, scale, window)
-
-
-def _cuda(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Call:
-    T = q.shape[2]
-    rows = tuple(x.transpose(1, 2) for x in (q, k, v))  # [B, T, heads, D]
-    options: dict[str, Any] = {"scale": scale}
-    if window is not None:
-        options |= {"window_size_left": window, "window_size_right": 0}
-    out, lse, *random, _ = aten._flash_attention_forward(*rows, None, None, T, T, 0.0, True, False, **options)
-
-    def backward(grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grads = aten._flash_attention_backward(
-            grad.transpose(1, 2),
-            *rows,
-            out.transpose(1, 2),
-            lse,
-            None,
-            None,
-            T,
-            T,
-            0.0,
-            True,
-            *random,
-            **options,
-        )
-        return tuple(x.transpose(1, 2) for x in grads)
-
-    return Call(out.transpose(1, 2), lse, backward)
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Call:
-    options = {"attn_mask": mask, "scale": scale}
-    is_causal = mask is None
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, **options)
-
-    def backward(grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, is_causal, **options
-        )
-
-    return Call(out, lse, backward)
+    return cuda_attention(q, k, v, scale, window) if q.is_cuda else _cpu_in_blocks(q, k, v, scale, window)
 
 
 def _cpu_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Call:
@@ -112,7 +59,7 @@ def _cpu_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -
         own = own + F.pad(before, (0, 0, 0, 0, 0, 0, 0, 1))[:, 1:]
         return join(own.flatten(0, 1))
 
-    call = _cpu(cut(q), with_block_before(k), with_block_before(v), scale, mask)
+    call = cpu_attention(cut(q), with_block_before(k), with_block_before(v), scale, mask)
 
     def backward(grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = call.backward(cut(grad), cut(out), cut(lse[..., None])[..., 0])

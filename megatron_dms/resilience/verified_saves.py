@@ -1,10 +1,10 @@
-"""Saving and loading around Megatron's own: beside, checksums, pointer last; damage found by name.
+"""Saving and loading around Megatron's own: each save is read back before it counts, damage is found by name.
 
-Functions of Megatron's are replaced here and in save_worker.py (megatron-core 0.19.2): `save_checkpoint`,
-`load_checkpoint` and `maybe_finalize_async_save` as its training loop calls them, `schedule_async_save` as
-saving does, and what tells W&B of a checkpoint, which must be in its place by then. Megatron's saving writes
-into a folder beside (args.save is that folder meanwhile), its own pointer and all. Then all ranks read back
-what is on the disk, each its share, and rank 0 does the rest (checkpoint/finished.py).
+Megatron's training loop calls `Checkpoints` in the place of its own functions (upstream/megatron_saving.py).
+Megatron's saving writes into a folder beside the checkpoints, its own pointer included: args.save names that
+folder meanwhile. Then all ranks read back what is on the disk, each rank a share, and rank 0 gives the
+checkpoint its checksums, its place and the pointer (run_folder.py). W&B is told last, because the checkpoint
+must be in its place by then.
 """
 
 import json
@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.training import checkpointing, get_args, print_rank_0, training, wandb_utils
+from megatron.training import get_args, print_rank_0
 
 from megatron_dms.conversion import CheckpointError, check_model_args
 from megatron_dms.formats.checksums import (
@@ -35,60 +34,64 @@ from megatron_dms.formats.checksums import (
 )
 from megatron_dms.formats.megatron_folder import TRACKER, checkpoint_args
 from megatron_dms.resilience import run_folder, save_worker
-from megatron_dms.resilience.collective_steps import by_rank_0, ends_with_a_line, gathered
+from megatron_dms.resilience.collective_steps import by_rank_0, ends_with_a_line, gathered, root_cause
 from megatron_dms.resilience.watchdog import SAVE, Watchdog
+from megatron_dms.upstream import megatron_saving
 
 RESUMES = "resuming from iteration {}"
-_LAG = 30  # seconds
+_LAG = 30  # seconds for a network file system to show what another machine wrote
 _NOT_SAVED = "iteration {} was not saved in {}, the checkpoints before it are as they were"
 
 
 @dataclass(frozen=True)
 class _Save:
-    """One save under way: its iteration, where it goes, and the folder beside that is its own."""
+    """One save under way."""
 
     iteration: int
     save: Path
+    """The run's folder, where the checkpoint goes."""
     staging: Path
+    """The folder beside the checkpoints that belongs to this save alone."""
 
     @property
     def folder(self) -> Path:
-        """What becomes the checkpoint."""
+        """The folder that becomes the checkpoint."""
         return self.staging / run_folder.iteration_name(self.iteration)
 
     def note(self, rank: int) -> Path:
-        """Where the worker of an asynchronous save leaves the checksums of its files."""
+        """The file in which the worker of an asynchronous save leaves the checksums of its files."""
         return self.staging / f"checksums_of_rank_{rank}.json"
 
 
 class Checkpoints:
     """What Megatron calls to save and to load.
 
-    keep: finished checkpoints that stay when a new one is verified; 0 = all. resumes: whether the run goes on
-    from --load, so that what is there must be verified. watchdog: told of each save.
+    Args:
+        keep: how many finished checkpoints stay when a new one is verified; 0 = all.
+        resumes: whether the run goes on from --load, so that the checkpoint there must be verified.
+        watchdog: told of each save.
     """
 
     def __init__(self, keep: int, resumes: bool, watchdog: Watchdog) -> None:
         self.keep = keep
         self.resumes = resumes
         self._watchdog = watchdog
-        self._megatron_save, self._megatron_load = training.save_checkpoint, training.load_checkpoint
-        self._schedule = checkpointing.schedule_async_save
-        self._megatron_finalize = training.maybe_finalize_async_save
-        self._tell_wandb = wandb_utils.on_save_checkpoint_success
+        self._megatron = megatron_saving.MegatronSaving.found()
         self._saved_before = False
         self._under_way: _Save | None = None
 
     def install(self) -> None:
-        """Take the place of Megatron's functions."""
-        training.save_checkpoint, training.load_checkpoint = self.save, self.load
-        checkpointing.schedule_async_save = self.schedule
-        training.maybe_finalize_async_save = self.finalize
-        wandb_utils.on_save_checkpoint_success = lambda *args: None  # told in _finish
-        save_worker.install(filesystem_async)
+        """Take the place of Megatron's functions, and let its helper processes end with this one.
+
+        The queue of Megatron's write results belongs to a process of its own, which a rank ended by kill -9
+        would leave behind for ever.
+        """
+        megatron_saving.replace_saving(self)
+        megatron_saving.name_write_failures(root_cause)
+        megatron_saving.start_queue_process_with(save_worker.end_with_parent)
 
     def save(self, iteration: int, *rest: Any, **named: Any) -> None:
-        """Megatron's `save_checkpoint`, less that a failure is one line and the end of the run."""
+        """Save as Megatron's `save_checkpoint` does; a failure is one line and ends the run."""
         args = get_args()
         said = args.save
         with self._watchdog.phase(SAVE), ends_with_a_line(_NOT_SAVED.format(iteration, said)):
@@ -97,37 +100,43 @@ class Checkpoints:
             self._saved_before = True
             try:
                 args.save = str(self._under_way.staging)
-                self._megatron_save(iteration, *rest, **named)
+                self._megatron.save(iteration, *rest, **named)
             finally:
                 args.save = said
             if not args.async_save:
                 self._finish(self._under_way)
 
     def schedule(self, request: Any) -> None:
-        """Megatron's `schedule_async_save`: its worker reads back what it wrote, too; the rest is done by all
-        ranks when all workers are, between two training steps."""
+        """Schedule as Megatron's `schedule_async_save` does; the worker also reads back what it wrote.
+
+        All ranks do the rest once all workers are done, between two training steps.
+        """
         save = self._under_way
+        if save is None:
+            raise RuntimeError("Megatron schedules an asynchronous save outside of save_checkpoint")
         note = save.note(dist.get_rank())
         if request.async_fn is not None:
-            write = partial(save_worker.write_and_digest, request.async_fn, save.folder, note)
+            about = (megatron_saving.files_written, save.folder, note)
+            write = partial(save_worker.write_and_digest, request.async_fn, *about)
             request = request._replace(async_fn=write)
         finalize = [*request.finalize_fns, partial(self._finish, save, note)]
         request.finalize_fns[:] = [partial(_guarded, save, step) for step in finalize]
-        self._schedule(request)
+        self._megatron.schedule(request)
 
     def finalize(self, *given: Any, blocking: bool = False, **named: Any) -> None:
-        """Megatron's `maybe_finalize_async_save`, which waits for the save if `blocking`."""
+        """Finalize as Megatron's `maybe_finalize_async_save` does, which waits for the save if `blocking`."""
         with self._watchdog.phase(SAVE) if blocking else nullcontext():
-            self._megatron_finalize(*given, blocking=blocking, **named)
+            self._megatron.finalize(*given, blocking=blocking, **named)
 
     def _finish(self, save: _Save, note: Path | None = None) -> None:
-        """Verify, move to its place, point to it, remove old ones. Collective."""
+        """Verify the checkpoint, move it to its place, point to it and remove old ones. Collective."""
         begin = time.monotonic()
         sums = _union(gathered(lambda: _noted(note)))
         sizes = by_rank_0(
             lambda: {name: (save.folder / name).stat().st_size for name in file_names(save.folder)}
         )
-        sums |= _digests(save.folder, {name: size for name, size in sizes.items() if name not in sums})
+        unread = {name: size for name, size in sizes.items() if name not in sums}
+        sums |= _read_by_all(save.folder, unread, digest)
         removed = by_rank_0(partial(self._publish, save, sums))
         seconds = time.monotonic() - begin
         print_rank_0(
@@ -138,8 +147,9 @@ class Checkpoints:
         if dist.get_rank() == dist.get_world_size() - 1:
             place = save.save / save.folder.name
             try:
-                self._tell_wandb(str(place), str(save.save / TRACKER), str(save.save), save.iteration)
-            except Exception as error:  # it may have ended before the last save, or have no connection
+                pointer = save.save / TRACKER
+                self._megatron.tell_wandb(str(place), str(pointer), str(save.save), save.iteration)
+            except Exception as error:  # W&B may have ended before the last save, or have no connection
                 print(f"warning: W&B was not told of iteration {save.iteration}: {error}", file=sys.stderr)
 
     def _publish(self, save: _Save, sums: dict[str, FileSum]) -> list[int]:
@@ -153,16 +163,16 @@ class Checkpoints:
         return removed
 
     def load(self, *given: Any, **named: Any) -> Any:
-        """Megatron's `load_checkpoint`, of a checkpoint whose every byte was read before."""
+        """Load as Megatron's `load_checkpoint` does, from a checkpoint whose every byte was read before."""
         args = get_args()
         if not self.resumes:
-            return self._megatron_load(*given, **named)
+            return self._megatron.load(*given, **named)
         with ends_with_a_line("no checkpoint was loaded"):
             iteration = _verified(args)
-        # Said, not left to the pointer: another node may still see an old one.
+        # The iteration is given, not left to the pointer: another node may still see an old pointer.
         asked, args.ckpt_step = args.ckpt_step, iteration
         try:
-            return self._megatron_load(*given, **named)
+            return self._megatron.load(*given, **named)
         finally:
             args.ckpt_step = asked
 
@@ -173,14 +183,14 @@ def _guarded(save: _Save, step: Callable) -> None:
 
 
 def _noted(note: Path | None) -> dict[str, FileSum]:
-    """What the worker of an asynchronous save has read back; nothing where there was none."""
+    """The checksums that the worker of an asynchronous save left; none if there was no worker."""
     if note is None or not note.is_file():
         return {}
     return {name: FileSum(**values) for name, values in json.loads(note.read_text()).items()}
 
 
 def _verified(args: Namespace) -> int:
-    """The iteration to go on from, its files read by all ranks; damaged ones are set aside. Collective."""
+    """Find the iteration to go on from, every file read; set damaged checkpoints aside. Collective."""
     save, asked = Path(args.load), args.ckpt_step
     damaged: dict[int, str] = {}
     while True:
@@ -199,8 +209,8 @@ def _verified(args: Namespace) -> int:
 
 
 def _look(save: Path, damaged: dict[int, str]) -> tuple[Any, dict[int, str]]:
-    """finished.resume_point. What is missing or too short is looked at twice: a network file system may take
-    a while to show what another machine wrote."""
+    """The resume point of run_folder.py. A checkpoint with a file that is missing or too short is looked at
+    twice: a network file system may take a while to show what another machine wrote."""
     found = run_folder.resume_point(save, damaged)
     if found[1].keys() - damaged.keys():
         time.sleep(_LAG)
@@ -217,7 +227,12 @@ def _heal(save: Path, iteration: int, passed: dict[int, str]) -> None:
 
 
 def _check_described(args: Namespace, save: Path, iteration: int) -> None:
-    """The run's arguments were read from the checkpoint that turned out damaged: is this the same model?"""
+    """Check that iteration `iteration` describes the model that the damaged checkpoint described: the run's
+    arguments were read from the damaged one.
+
+    Raises:
+        CheckpointError: the two describe different models.
+    """
     try:
         check_model_args(args, checkpoint_args(save, iteration))
     except CheckpointError as error:
@@ -228,10 +243,10 @@ def _check_described(args: Namespace, save: Path, iteration: int) -> None:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a finished checkpoint, None if nothing; each rank reads a part. Collective.
+    """Say what is wrong with a finished checkpoint; None: nothing. Each rank reads a part. Collective.
 
     Raises:
-        CheckpointError: a rank reads other bytes than rank 0: its node, not the checkpoint, is to be mended.
+        CheckpointError: a rank reads other bytes than rank 0: its node must be mended, not the checkpoint.
     """
 
     def read() -> dict[str, FileSum] | str | None:
@@ -251,7 +266,7 @@ def _damage(folder: Path) -> str | None:
     if isinstance(expected, str):
         return expected
     begin = time.monotonic()
-    found = _digests(folder, {name: entry.bytes for name, entry in expected.items()}, _digest_or_reason)
+    found = _read_by_all(folder, {name: entry.bytes for name, entry in expected.items()}, _digest_or_reason)
     wrong = differences(folder, found, expected)
     if not wrong:
         seconds = time.monotonic() - begin
@@ -269,15 +284,15 @@ def _damage(folder: Path) -> str | None:
 
 
 def _digest_or_reason(path: Path) -> FileSum | str:
-    """Why it cannot be read, where a disk fails so."""
+    """The checksum of a file, or the reason why the file cannot be read."""
     try:
         return digest(path)
     except OSError as error:
         return str(error.strerror)
 
 
-def _digests[T](folder: Path, sizes: dict[str, int], read: Callable[[Path], T] = digest) -> dict[str, T]:
-    """What `read` makes of these files, each read by one rank. Collective."""
+def _read_by_all[T](folder: Path, sizes: dict[str, int], read: Callable[[Path], T]) -> dict[str, T]:
+    """What `read` returns for each of these files, each read by one rank. Collective."""
     mine: Sequence[str] = shares(sizes, dist.get_world_size())[dist.get_rank()]
     return _union(gathered(lambda: {name: read(folder / name) for name in mine}))
 

@@ -32,7 +32,7 @@ def test_waiting_for_an_asynchronous_save_is_a_save(blocking: bool, phase: str |
     """Catches: the step's limit for a wait as long as a save, and a step that is never under its limit."""
     watchdog, seen = Phases(), []
     around = verified_saves.Checkpoints(0, False, watchdog)
-    around._megatron_finalize = lambda **named: seen.append((named, watchdog.now))
+    around._megatron.finalize = lambda **named: seen.append((named, watchdog.now))
     around.finalize(blocking=blocking, terminate=True)
     assert seen == [({"blocking": blocking, "terminate": True}, phase)]
 
