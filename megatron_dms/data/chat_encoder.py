@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_dms.upstream.transformers_chat import render_with_spans
+
 LOSS_ON = ("assistant", "all")
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the same pattern as transformers'
 
@@ -133,17 +135,7 @@ class DocumentEncoder:
             return self._apply(messages), [], True
         template = self.tokenizer.get_chat_template()
         if _GENERATION_MARKER.search(template):
-            # The one function that hands out the marked spans; not part of transformers' documented
-            # interface, checked on 5.23.0.
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-            return texts[0], spans[0], True
+            return *render_with_spans(self.tokenizer, messages, template), True
         rendered = self._apply(messages)
         spans = []
         for k, message in enumerate(messages):

@@ -1,37 +1,56 @@
 """JSONL → Megatron's .bin/.idx with a loss mask: streaming, over several processes, all or nothing.
 
-The files are read once, in order, and never held in memory: lines go out in chunks to worker processes and
-come back as token ids, in the order they were read, so the result does not depend on the number of workers.
-Everything is written into a hidden folder beside the output and renamed at the end.
+The files are read once, in order, and never held in memory. Lines go out in chunks to worker processes and
+come back as token ids in the order in which they were read, so the result does not depend on the number of
+workers. Everything is written into a hidden folder beside the output and renamed at the end.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from megatron_dms.data.chat_encoder import DocumentEncoder
-from megatron_dms.data.line_workers import Documents, Line, encode_here, encode_in_workers
+from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
 from megatron_dms.data.token_files import loss_mask_prefix
 from megatron_dms.errors import DataError
+from megatron_dms.processes import end_with_parent
 
 # Large enough that sending a chunk costs nothing beside encoding it, small enough that progress moves and
 # that the workers end at about the same time.
 _CHUNK_LINES = 64
+_CHUNKS_AHEAD = 2  # chunks out for each worker: one under way, one that waits
+
+Documents = list[tuple[np.ndarray, np.ndarray]]
+"""ids [n] int32 and mask [n] uint8 of each document."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of an input file."""
+
+    file: str
+    number: int
+    """Number of the line, from 1."""
+    text: bytes
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """What to make out of what."""
+    """Which files to read, how to encode them, and what to write."""
 
     inputs: tuple[str, ...]
     """JSONL files, read in this order."""
@@ -44,7 +63,7 @@ class PreprocessConfig:
     chat_template: str | None = None
     """A Jinja template (the text) in place of the tokenizer's own."""
     workers: int = 1
-    """Number of processes that encode; 1 encodes in this one."""
+    """Number of processes that encode; 1 encodes in this process."""
     max_documents: int | None = None
     """Read at most this many documents; None reads all."""
 
@@ -68,7 +87,7 @@ class Summary:
     target_tokens: int = 0
     """Tokens that training predicts: loss mask 1, the first token of each document left out."""
     skipped: int = 0
-    """Documents left out because they hold no target."""
+    """Documents left out because they hold no target token."""
 
 
 def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | None = None) -> Summary:
@@ -78,7 +97,7 @@ def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | N
         progress: called after each chunk of lines with the summary so far.
 
     Raises:
-        DataError: a line that is no document ("FILE:LINE: …"), no document at all, or a worker that died.
+        DataError: a line that is no document ("FILE:LINE: …"), no document at all, or a worker died.
         ValueError: the tokenizer is unusable.
         OSError: a file cannot be read or written.
     """
@@ -88,9 +107,9 @@ def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | N
     encoder = DocumentEncoder(config.tokenizer, config.loss_on, config.chat_template)
     chunks = _chunks(_lines(config.inputs, config.max_documents))
     if config.workers == 1:
-        encoded = encode_here(encoder, chunks)
+        encoded = _encode_here(encoder, chunks)
     else:
-        encoded = encode_in_workers(encoder, chunks, config.workers)
+        encoded = _encode_in_workers(encoder, chunks, config.workers)
     target = Path(config.output_prefix)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -106,6 +125,71 @@ def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | N
         encoded.close()  # ends the workers
         shutil.rmtree(folder)
     return summary
+
+
+def _encode_here(encoder: DocumentEncoder, chunks: Iterator[list[Line]]) -> Generator[Documents, None, None]:
+    for chunk in chunks:
+        yield _encode_chunk(encoder, chunk)
+
+
+def _encode_chunk(encoder: DocumentEncoder, chunk: list[Line]) -> Documents:
+    documents = []
+    for line in chunk:
+        try:
+            documents.append(encoder.encode(line.text))
+        except LineError as error:
+            raise DataError(f"{line.file}:{line.number}: {error}") from error
+    return documents
+
+
+def _encode_in_workers(
+    encoder: DocumentEncoder, chunks: Iterator[list[Line]], workers: int
+) -> Generator[Documents, None, None]:
+    """Encode in `workers` processes, a few chunks ahead of the caller, in the order of the chunks.
+
+    Raises:
+        DataError: a line is no document, or a worker died.
+    """
+    # Not "fork": a forked child would inherit the locks of the parent's threads (the tokenizer's, torch's).
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (encoder,))
+    waiting: deque[tuple[list[Line], Future[Documents]]] = deque()
+    try:
+        for chunk in chunks:
+            if len(waiting) == workers * _CHUNKS_AHEAD:
+                yield waiting[0][1].result()
+                waiting.popleft()
+            waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
+        while waiting:
+            yield waiting[0][1].result()
+            waiting.popleft()
+    except BrokenProcessPool as error:
+        first, last = waiting[0][0][0], waiting[-1][0][-1]
+        raise DataError(
+            f"{first.file}:{first.number}: found a dead worker process while encoding up to "
+            f"{last.file}:{last.number}, expected it to answer; "
+            "its own message is above, or memory ran out: use fewer --workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: DocumentEncoder | None = None
+"""The encoder of a worker process, which gets it once and not with each chunk."""
+
+
+def _begin_worker(encoder: DocumentEncoder) -> None:
+    global _encoder
+    # Ctrl-C goes to the whole process group; the parent ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    _encoder = encoder
+
+
+def _encode_in_worker(chunk: list[Line]) -> Documents:
+    if _encoder is None:
+        raise RuntimeError("the worker process has no encoder")
+    return _encode_chunk(_encoder, chunk)
 
 
 def _write(
@@ -180,14 +264,18 @@ def _chunks(lines: Iterator[Line]) -> Iterator[list[Line]]:
 
 
 class ProgressLine:
-    """Says how far preprocessing is, at most every `interval` seconds, through `say`."""
+    """Says how far preprocessing is, at most once every `interval` seconds.
+
+    Args:
+        say: called with the line.
+        interval: seconds.
+    """
 
     def __init__(self, say: Callable[[str], None], interval: float = 2.0) -> None:
         self.say = say
         self.interval = interval
-        self.first: tuple[float, int] | None = (
-            None  # time and documents at the first call, when all is loaded
-        )
+        # Time and documents at the first call: by then everything is loaded.
+        self.first: tuple[float, int] | None = None
         self.last = time.monotonic()
 
     def __call__(self, summary: Summary) -> None:

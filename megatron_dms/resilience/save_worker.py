@@ -1,11 +1,6 @@
-"""The processes that help a rank to save: how they end with the rank, and what an asynchronous save does.
+"""What an asynchronous save does in the process that a rank forks for it."""
 
-Nothing heavy is imported here, because a spawned helper process imports this module first.
-"""
-
-import ctypes
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dms.formats.checksums import digest
-
-_PR_SET_PDEATHSIG = 1  # an option of Linux' prctl
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends, however the parent ends (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+from megatron_dms.processes import end_with_parent
 
 
 def write_and_digest(

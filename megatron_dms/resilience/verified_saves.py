@@ -33,6 +33,7 @@ from megatron_dms.formats.checksums import (
     shares,
 )
 from megatron_dms.formats.megatron_folder import TRACKER, checkpoint_args
+from megatron_dms.processes import end_with_parent
 from megatron_dms.resilience import run_folder, save_worker
 from megatron_dms.resilience.collective_steps import by_rank_0, ends_with_a_line, gathered, root_cause
 from megatron_dms.resilience.watchdog import SAVE, Watchdog
@@ -88,7 +89,7 @@ class Checkpoints:
         """
         megatron_saving.replace_saving(self)
         megatron_saving.name_write_failures(root_cause)
-        megatron_saving.start_queue_process_with(save_worker.end_with_parent)
+        megatron_saving.start_queue_process_with(end_with_parent)
 
     def save(self, iteration: int, *rest: Any, **named: Any) -> None:
         """Save as Megatron's `save_checkpoint` does; a failure is one line and ends the run."""
