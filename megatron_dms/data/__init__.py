@@ -1,1 +1,1 @@
-"""From text and chats to the samples of a training step."""
+"""From JSONL to batches: chat encoding, token files, and the data set in an order that no layout changes."""

@@ -3,11 +3,11 @@
 Two kinds of line: {"messages": [{"role": …, "content": …}, …]} goes through the tokenizer's chat template,
 {"text": …} is tokenised as it stands and closed with the EOS token.
 
-Which tokens of a chat are the assistant's is decided on the rendered text, in characters, and carried over to
-tokens by the tokenizer's offsets: from the template's {% generation %} markers where it has them, else by
-rendering each prefix of the conversation. transformers' own return_assistant_tokens_mask reads the same
-markers, but where the last character of a span belongs to no token (a blank, for a tokenizer that drops
-blanks) it marks everything up to the end of the conversation, the user's turns too.
+The assistant's part of a chat is found in the rendered text, in characters, and carried over to tokens by the
+tokenizer's offsets. The template's {% generation %} markers tell it; if the template has none, each prefix of
+the conversation is rendered. transformers' own return_assistant_tokens_mask reads the same markers, but if
+the last character of a span belongs to no token (a blank, for a tokenizer that drops blanks), it marks
+everything up to the end of the conversation, including the user's turns.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class LineError(ValueError):
 
 
 class DocumentEncoder:
-    """Encodes lines with one tokenizer.
+    """Encode lines with one tokenizer.
 
     Args:
         tokenizer: directory of an HF tokenizer (or a hub name).
-        loss_on: "assistant" (the assistant's tokens with the end of the turn) or "all"; text always counts
-            whole.
-        chat_template: a Jinja template in place of the tokenizer's own.
+        loss_on: "assistant" (the assistant's tokens with the end of the turn) or "all". In lines of text all
+            tokens count.
+        chat_template: a Jinja template that replaces the tokenizer's own.
 
     Raises:
-        ValueError: loss_on is unknown, or the tokenizer cannot be loaded or cannot tell where its tokens came
-            from.
+        ValueError: loss_on is unknown, the tokenizer cannot be loaded, or it cannot tell which characters a
+            token came from.
     """
 
     def __init__(self, tokenizer: str, loss_on: str = "assistant", chat_template: str | None = None) -> None:
-        from transformers import AutoTokenizer  # seconds to import: not for those who only want the classes
+        from transformers import AutoTokenizer  # takes seconds to import
 
         if loss_on not in LOSS_ON:
             raise ValueError(f"--loss-on: found {loss_on!r}, expected one of {', '.join(LOSS_ON)}")
@@ -121,7 +121,7 @@ class DocumentEncoder:
         mask = np.zeros(len(ids), np.uint8)
         for span_begin, span_end in spans:
             inside = np.flatnonzero((begin < span_end) & (end > span_begin) & (begin < end))
-            # What a template puts after the end of the turn (a newline, mostly) is not the model's to say.
+            # The model does not say what a template puts after the end of the turn (a newline, mostly).
             if not exact:
                 closing = np.flatnonzero(ids[inside] == self.tokenizer.eos_token_id)
                 inside = inside[: closing[-1] + 1] if closing.size else inside
@@ -129,8 +129,12 @@ class DocumentEncoder:
         return ids, mask
 
     def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]], bool]:
-        """(text, the assistant's spans in characters, whether the spans end exactly at the end of the
-        turn)."""
+        """Render a chat.
+
+        Returns:
+            The text, the assistant's spans in characters, and whether the spans end exactly at the end of
+            the turn.
+        """
         if self.loss_on == "all":
             return self._apply(messages), [], True
         template = self.tokenizer.get_chat_template()
@@ -155,7 +159,9 @@ class DocumentEncoder:
         return rendered, spans, False
 
     def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        assert isinstance(rendered, str)  # because tokenize=False
+        return rendered
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages, less the fields that are null, which templates would otherwise print as "None"."""
+    """Check the messages and drop their fields that are null, which templates would print as "None"."""
     if not isinstance(messages, list) or not messages:
         raise LineError(
             f'"messages": found {type(messages).__name__ if messages != [] else "an empty list"}, expected a '
@@ -210,9 +216,9 @@ def _require_text(value: Any, name: str) -> None:
 
 
 def _check_nothing_dropped(messages: list[dict[str, Any]], rendered: str) -> None:
-    """Refuse templates that leave out what the assistant said (DeepSeek-R1's drop all up to </think>).
+    """Refuse a template that leaves out what the assistant said (DeepSeek-R1's drops all up to </think>).
 
-    Blanks are not compared: many templates strip or add some.
+    Blanks are not compared, because many templates strip or add blanks.
     """
     squeezed = "".join(rendered.split())
     for k, message in enumerate(messages):

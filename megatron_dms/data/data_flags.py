@@ -1,5 +1,4 @@
-"""Megatron's data flags → DataConfig, the one place where they are read; flags that would do nothing are
-refused."""
+"""Megatron's data flags → DataConfig. They are read here only; flags that would do nothing are refused."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from typing import Any
 from megatron_dms.data.token_files import check_pair
 from megatron_dms.errors import DataError
 
-# (attribute, flag, why it is refused): flags of Megatron's own datasets that ours would silently ignore, and
-# flags under which sample ids or the set of samples would depend on the layout.
+# (attribute, flag, why it is refused): flags of Megatron's own datasets that our dataset would silently
+# ignore, and flags under which sample ids or the set of samples would depend on the layout.
 _REFUSED = (
     ("data_args_path", "--data-args-path", "one data set per split; preprocess the files into one"),
     ("per_split_data_args_path", "--per-split-data-args-path", "use --train-data-path and --valid-data-path"),
@@ -27,12 +26,12 @@ _REFUSED = (
     ("multiple_validation_sets", "--multiple-validation-sets", "it needs --full-validation; drop the flag"),
     ("phase_transition_iterations", "--phase-transition-iterations", "sample ids would start over; drop it"),
 )
-_MEGATRONS_SPLIT = "969, 30, 1"  # what its validation puts where --split is left out
+_MEGATRONS_SPLIT = "969, 30, 1"  # the value that Megatron's checks set if --split is left out
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one split comes from."""
+    """The token files and the part of them that one split comes from."""
 
     prefix: str
     """Path of the token files without ".bin"."""
@@ -42,23 +41,25 @@ class Source:
     """Fraction of the documents before the end of the split."""
 
     def documents(self, total: int) -> tuple[int, int]:
-        """(first, one past the last) document of the split, out of `total`."""
+        """The (first, one past the last) document of the split, out of `total` documents."""
         return round(self.begin * total), round(self.end * total)
+
+
+Sources = tuple[Source | None, Source | None, Source | None]
+"""The sources of train, valid and test; None: no such split."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """All that the datasets need to know."""
+    """Everything that the datasets need to know."""
 
-    sources: tuple[Source | None, Source | None, Source | None]
-    """Of train, valid and test; None: no such split."""
+    sources: Sources
     seq_length: int
     """Tokens per sample."""
     seed: int
-    """Of the order of the training samples."""
+    """Seed of the order of the training samples."""
     pad_token: int = 0
-    """Token id of padding; where the tokenizer has none, 0 (padding is never attended to and never a
-    target)."""
+    """Token id of padding; 0 if the tokenizer has none (padding is never attended to and never a target)."""
     vocab_size: int | None = None
     """Number of token ids of the tokenizer; None leaves the ids unchecked."""
 
@@ -68,7 +69,7 @@ def data_config(args: Any, tokenizer: Any = None) -> DataConfig:
 
     Args:
         args: Megatron's namespace, before or after its own validation.
-        tokenizer: Megatron's tokenizer; None where it is not built yet.
+        tokenizer: Megatron's tokenizer; None if it is not built yet.
 
     Raises:
         DataError: a flag is refused, no data is named, or --split is not three numbers.
@@ -102,7 +103,8 @@ def data_config(args: Any, tokenizer: Any = None) -> DataConfig:
                 f"--split: found {args.split} beside --train-data-path, expected it with --data-path only; "
                 "drop it"
             )
-        sources = tuple(Source(prefix) if prefix else None for prefix in own)
+        train, valid, test = (Source(prefix) if prefix else None for prefix in own)
+        sources = train, valid, test
     pad = getattr(tokenizer, "pad", None)
     return DataConfig(
         sources=sources,
@@ -114,12 +116,13 @@ def data_config(args: Any, tokenizer: Any = None) -> DataConfig:
 
 
 def validate_data_args(args: Any) -> None:
-    """Check flags and files without building anything; for the start of a run, before any process group.
+    """Check flags and files without building anything, at the start of a run, before any process group.
 
-    args.vocab_size is the model's, set by then.
+    Args:
+        args: Megatron's namespace; its vocab_size is the model's by now.
 
     Raises:
-        DataError: as data_config and check_pair.
+        DataError: see data_config and check_pair.
     """
     config = data_config(args)
     if args.eval_iters and config.sources[1] is None:
@@ -132,7 +135,7 @@ def validate_data_args(args: Any) -> None:
 
 
 def _single(flag: str, value: str | Sequence[str] | None) -> str | None:
-    """The one prefix of a flag that Megatron reads as a list (for blends)."""
+    """The only prefix in a flag that Megatron reads as a list (for blends); None if the flag is not set."""
     if not value:
         return None
     entries = value.split() if isinstance(value, str) else list(value)
@@ -144,7 +147,7 @@ def _single(flag: str, value: str | Sequence[str] | None) -> str | None:
     return entries[0]
 
 
-def _split_sources(prefix: str, split: str) -> tuple[Source | None, ...]:
+def _split_sources(prefix: str, split: str) -> Sources:
     try:
         weights = [float(weight) for weight in split.replace("/", ",").split(",")]
     except ValueError:
@@ -156,7 +159,8 @@ def _split_sources(prefix: str, split: str) -> tuple[Source | None, ...]:
             f"--split: found {split}, expected up to three weights >= 0, the first > 0, such as 969,30,1"
         )
     ends = [sum(weights[: k + 1]) / total for k in range(3)]
-    return tuple(
+    train, valid, test = (
         Source(prefix, begin, end) if end > begin else None
         for begin, end in zip([0.0, *ends[:-1]], ends, strict=True)
     )
+    return train, valid, test

@@ -1,15 +1,15 @@
-"""Samples for training: documents cut into chunks, in an order that no layout of ranks changes.
+"""The training samples: documents cut into chunks, in an order that no layout of ranks changes.
 
 A document of n tokens gives ceil((n − 1) / T) samples of T inputs and T labels (T = sequence length); the
 label of the last input of one chunk is the first input of the next, so every token but a document's first is
 predicted exactly once per epoch. A sample holds one document only: there is no attention across documents,
-and padding stands at the end, where causal attention never sees it from a real token.
+and padding stands at the end, where no real token attends to it.
 
-Sample i of the run is entry i mod n of epoch i div n's own permutation, a function of seed and epoch alone.
+Sample i of the run is entry i mod n of epoch i div n's permutation, which depends on seed and epoch only.
 Megatron's MegatronPretrainingSampler (`--dataloader-type single`) hands microbatch m of data-parallel rank r
 the ids `consumed + (m · DP + r) · micro_batch + [0, micro_batch)`, with `consumed` counted over the whole
-run: a global batch is the ids [consumed, consumed + global batch size) under every layout, and only the order
-of summation differs. (Checked on megatron-core 0.19.2.)
+run. So a global batch is the ids [consumed, consumed + global batch size) under every layout, and only the
+order of summation differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ChatDataset(torch.utils.data.Dataset):
         prefix: path of the token files without ".bin" (see token_files).
         seq_length: T, tokens per sample.
         num_samples: number of samples to hand out, over as many epochs as it takes; None: one epoch.
-        seed: of the permutations.
+        seed: seed of the permutations.
         shuffle: False keeps the order of the documents (validation, test).
         documents: (first, one past the last) document of the split; None: all.
         pad_token: token id of padding, in inputs and labels.
@@ -82,28 +82,28 @@ class ChatDataset(torch.utils.data.Dataset):
                 f"({split.name}), expected some; use more data or another --split"
             )
         self.num_samples = self.samples_per_epoch if num_samples is None else num_samples
-        # The last permutation, kept because drawing one costs O(samples): a cache, not state.
+        # The last permutation is kept because drawing one costs O(samples): it is a cache, not state.
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def sample_of(self, index: int) -> int:
-        """Which of the epoch's samples (in the order of the files) is sample `index` of the run."""
+        """The number of the epoch's sample (in the order of the files) that is sample `index` of the run."""
         epoch, position = divmod(index, self.samples_per_epoch)
         if not self.shuffle:
             return position
         if epoch != self._epoch:
-            # Sorted raw Philox draws, and not numpy's permutation(): numpy promises the stream of a bit
-            # generator to stay as it is, not what its methods make of it, and a resumed run may have another
-            # numpy.
+            # Raw Philox draws are sorted in place of numpy's permutation(): numpy promises that the stream
+            # of a bit generator stays as it is, not what its methods make of the stream, and a resumed run
+            # may have another numpy.
             generator = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
             bits = generator.random_raw(self.samples_per_epoch)
             self._epoch, self._permutation = epoch, np.argsort(bits, kind="stable")
         return int(self._permutation[position])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index` of the run.
+        """Read sample `index` of the run.
 
         Returns:
             tokens [T] int64; labels [T] int64, the token after each; loss_mask [T] float32, 1 where the label
@@ -111,8 +111,8 @@ class ChatDataset(torch.utils.data.Dataset):
             [] int64, `index` itself.
 
         Raises:
-            IndexError: outside the run. DataError: a token id beyond the vocabulary; a file that is no longer
-                what it was, or cannot be read.
+            IndexError: the run has no such sample.
+            DataError: a token id is beyond the vocabulary, or a file has changed or cannot be read.
         """
         if not 0 <= index < self.num_samples:
             raise IndexError(f"found sample {index}, expected 0 to {self.num_samples - 1}")
@@ -146,13 +146,13 @@ class ChatDataset(torch.utils.data.Dataset):
 
 
 def build_datasets(config: DataConfig, num_samples: tuple[int | None, ...]) -> list[ChatDataset | None]:
-    """The datasets of train, valid and test; None for a split without data or without samples to hand out.
+    """Build the datasets of train, valid and test; None for a split without data or samples to hand out.
 
     Args:
-        num_samples: of train, valid and test.
+        num_samples: number of samples to hand out of train, valid and test.
 
     Raises:
-        DataError: as ChatDataset; or validation samples are wanted and there is no validation data.
+        DataError: see ChatDataset; or validation samples are wanted and there is no validation data.
     """
     datasets: list[ChatDataset | None] = []
     for split, source, wanted in zip(Split, config.sources, num_samples, strict=True):
@@ -189,10 +189,10 @@ def build_datasets(config: DataConfig, num_samples: tuple[int | None, ...]) -> l
 def train_valid_test_datasets_provider(
     train_val_test_num_samples: tuple[int | None, ...], vp_stage: int | None = None
 ) -> list[ChatDataset | None]:
-    """What megatron.training.pretrain asks for its datasets; every virtual stage gets the same ones.
+    """Build the datasets for megatron.training.pretrain; every virtual stage gets the same ones.
 
     Raises:
-        DataError: as build_datasets.
+        DataError: see build_datasets.
     """
     del vp_stage
     from megatron.training import get_args, get_tokenizer  # needs seconds, and CUDA's stand-ins on a CPU
@@ -200,7 +200,7 @@ def train_valid_test_datasets_provider(
     args: Any = get_args()
     train, valid, test = train_val_test_num_samples
     # The length does not change the order, so it may be generous. It must be: Megatron's sampler stops with
-    # an assertion where all samples are consumed, as when a finished run is started once more.
+    # an assertion once all samples are consumed, as when a finished run is started once more.
     return build_datasets(
         data_config(args, get_tokenizer()),
         (_beyond(train, args.consumed_train_samples), _beyond(valid, args.consumed_valid_samples), test),
@@ -213,7 +213,7 @@ train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-de
 
 
 def _documents(source: Source) -> tuple[int, int] | None:
-    """The documents of a split; None where its part of the data is less than one."""
+    """The (first, one past the last) document of a split; None if its part of the data is less than one."""
     first, stop = source.documents(len(TokenFile(source.prefix).lengths))
     return (first, stop) if stop > first else None
 

@@ -1,6 +1,6 @@
 """The token files that training reads: which files there are, and whether they fit each other.
 
-A data set PREFIX is four files, all in Megatron's indexed format (one document per sequence):
+A data set PREFIX consists of four files in Megatron's indexed format (one document per sequence):
 
     PREFIX.bin, PREFIX.idx                        token ids, uint16 or int32
     PREFIX_loss_mask.bin, PREFIX_loss_mask.idx    uint8, same lengths; 1 = the token is a prediction target
@@ -27,8 +27,8 @@ _DTYPES = dict(
     enumerate((np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16), start=1)
 )
 _TOKEN_DTYPES = (np.uint16, np.int32, np.int64)
-# Token ids and mask values are checked in this many entries at either end of the file: enough for files made
-# with another tokenizer or for a damaged end, and still a fraction of a second for files of many GB.
+# Token ids and mask values are checked in this many entries at either end of the file. That finds files made
+# with another tokenizer and damaged ends, and takes a fraction of a second for files of many GB.
 _SAMPLED_ENTRIES = 1 << 20
 
 
@@ -38,13 +38,13 @@ def loss_mask_prefix(prefix: str) -> str:
 
 
 class TokenFile:
-    """One .bin/.idx pair, for reading.
+    """One .bin/.idx pair, open for reading.
 
-    By plain reads and not by a memory map: where a mapped file is cut short, or its disk fails, a bus error
-    kills the process, and nobody learns which file it was. The index is in memory.
+    The .bin file is read by plain reads and not through a memory map: if a mapped file is cut short, or its
+    disk fails, a bus error kills the process, and nobody learns which file it was. The index is in memory.
 
     Raises:
-        DataError: as check_pair, for this pair.
+        DataError: a file is missing or damaged, see check_pair.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -57,11 +57,11 @@ class TokenFile:
         self._file = self.path.open("rb", buffering=0)
 
     def __reduce__(self) -> tuple[type[TokenFile], tuple[str]]:
-        """A data loader's worker that is spawned opens it anew."""
+        """Let a spawned worker of a data loader open the file anew."""
         return TokenFile, (str(self.path.with_suffix("")),)
 
     def read(self, document: int, begin: int, count: int) -> np.ndarray:
-        """`count` entries of a document, from its entry `begin`.
+        """Read `count` entries of a document, from its entry `begin`.
 
         Raises:
             DataError: the file cannot be read, or is shorter than its index says.
@@ -87,7 +87,7 @@ class _Index:
 
 
 def check_pair(prefix: str, vocab_size: int | None = None) -> None:
-    """Check the four files of a data set against each other, by looking at the files only.
+    """Check the four files of a data set against each other.
 
     Args:
         prefix: path without ".bin"/".idx".
@@ -137,8 +137,11 @@ def check_pair(prefix: str, vocab_size: int | None = None) -> None:
 
 
 def _read_index(prefix: str) -> _Index:
-    """Read PREFIX.idx and hold it against its own size and the size of PREFIX.bin; DataError where it
-    disagrees."""
+    """Read PREFIX.idx and compare it with its own size and the size of PREFIX.bin.
+
+    Raises:
+        DataError: a file is missing, or they disagree.
+    """
     idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx_path, bin_path):
         if not path.is_file():
@@ -185,14 +188,14 @@ def _read_index(prefix: str) -> _Index:
 
 
 def _entries(path: Path, dtype: type, offset: int, count: int) -> np.ndarray:
-    """`count` entries of `dtype` at byte `offset`, mapped, not read."""
-    if count == 0:  # numpy cannot map nothing
+    """Map `count` entries of `dtype` at byte `offset`; nothing is read."""
+    if count == 0:  # numpy cannot map zero entries
         return np.empty(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
 def _extremes(path: Path, dtype: type) -> tuple[int, int]:
-    """(largest, smallest) entry among the first and last million of a file."""
+    """The (largest, smallest) entry among the first and the last million of a file."""
     count = path.stat().st_size // np.dtype(dtype).itemsize
     if count == 0:
         return 0, 0

@@ -1,1 +1,1 @@
-"""Around a job: the preflight, torchrun's exit status, a check by kills."""
+"""What surrounds a job on a cluster: the preflight of its nodes, and torchrun's exit status."""

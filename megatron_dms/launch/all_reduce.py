@@ -1,8 +1,8 @@
-"""One process of the preflight's all-reduce; preflight.py starts one per GPU and ends those that hang.
+"""One process of the preflight's all-reduce. preflight.py starts one per GPU and ends the ones that hang.
 
     python -m megatron_dms.launch.all_reduce --host HOST --port PORT --rank R --world W --local-rank L ...
 
-Prints one JSON line; any failure is a traceback and a status other than 0.
+It prints one JSON line. Any failure is a traceback and an exit status other than 0.
 """
 
 import argparse
@@ -15,7 +15,7 @@ _REPEATS = 3
 
 
 def all_reduce(options: argparse.Namespace) -> dict[str, float]:
-    """Sum rank + 1 over all ranks, several times; seconds of the last one, when connections stand.
+    """Sum rank + 1 over all ranks several times -> the seconds of the last sum, when all connections stand.
 
     Raises:
         RuntimeError: the sum is wrong, or the ranks do not meet within the time limit.
@@ -24,8 +24,9 @@ def all_reduce(options: argparse.Namespace) -> dict[str, float]:
     import torch.distributed as dist
 
     limit = timedelta(seconds=options.seconds)
-    device = torch.device(options.device, options.local_rank if options.device == "cuda" else None)
+    device = torch.device("cpu")
     if options.device == "cuda":
+        device = torch.device("cuda", options.local_rank)
         torch.cuda.set_device(device)
     store = dist.TCPStore(options.host, options.port, is_master=False, timeout=limit)
     dist.init_process_group(

@@ -1,8 +1,8 @@
-"""torchrun, ending with the status of the rank that failed first, where torchrun itself always says 1.
+"""torchrun, ending with the status of the rank that failed first. torchrun itself always ends with 1.
 
     python -m megatron_dms.launch.elastic [torchrun's options] SCRIPT [its options]
 
-A rank that a signal ended gives 128 + the signal, as in a shell.
+If a signal ended the rank, the status is 128 + the signal's number, as in a shell.
 """
 
 import sys

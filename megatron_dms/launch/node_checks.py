@@ -1,4 +1,4 @@
-"""What one node can check alone: devices, disk, checkpoints, data, layout; and the facts to compare."""
+"""What one node can check alone (devices, disk, checkpoints, data, layout), and the facts to compare."""
 
 import argparse
 import hashlib
@@ -24,11 +24,12 @@ _DATA_FLAGS = ("--data-path", "--train-data-path", "--valid-data-path", "--test-
 
 
 def training_flags(words: Sequence[str]) -> Namespace:
-    """Those of pretrain_dms.py's flags that say where files are and how ranks are laid out; it checks the
-    others itself.
+    """Read the flags of pretrain_dms.py that say where files are and how ranks are laid out.
+
+    pretrain_dms.py checks its other flags itself.
 
     Raises:
-        ValueError: a size that is no whole number.
+        ValueError: a size is no whole number.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     for flag in ("--save", "--load", "--load-hf", "--pretrained-checkpoint", "--dms-teacher"):
@@ -47,7 +48,7 @@ def training_flags(words: Sequence[str]) -> Namespace:
 
 
 def check_gpus(device: str, expected: int) -> Finding:
-    """As many CUDA devices as processes. On the CPU there is nothing to count."""
+    """Check that there are as many CUDA devices as processes. On the CPU there is nothing to count."""
     import torch
 
     if device == "cpu":
@@ -58,7 +59,7 @@ def check_gpus(device: str, expected: int) -> Finding:
 
 
 def check_disk(save: str | None, minimum_gb: float) -> Finding:
-    """The folder of --save, or the nearest one above it, takes a file and has room."""
+    """Check that the folder of --save, or the nearest folder above it, takes a file and has room."""
     if save is None:
         return Finding("disk", False, "no --save", "--save DIR", "add --save DIR to TRAIN_ARGS")
     folder = Path(save).absolute()
@@ -76,8 +77,11 @@ def check_disk(save: str | None, minimum_gb: float) -> Finding:
 
 
 def check_checkpoints(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
-    """What the run starts from and its teacher: opened as the run will open them, and each file read at its
-    end. The second value: a digest of names and sizes for each."""
+    """Open the start and the teacher of the run as the run will open them, and read each file at its end.
+
+    Returns:
+        The findings, and a digest of names and sizes for each of the two.
+    """
     from megatron_dms.training.startup import starting_point
     from megatron_dms.training.weights import open_weights
 
@@ -98,7 +102,11 @@ def check_checkpoints(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
 
 
 def check_data(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
-    """Token files and loss masks, by the check the run itself makes. The second value as above."""
+    """Check token files and loss masks as the run itself does.
+
+    Returns:
+        The findings, and a digest of names and sizes for each prefix.
+    """
     findings, facts = [], {}
     prefixes = [prefix for flag in _DATA_FLAGS for prefix in getattr(flags, flag[2:].replace("-", "_"))]
     if not prefixes:
@@ -117,7 +125,7 @@ def check_data(flags: Namespace) -> tuple[list[Finding], dict[str, str]]:
 
 
 def check_processes(flags: Namespace, world: int) -> list[Finding]:
-    """World size against TP x PP x CP, and the global batch against the data parallel size that is left."""
+    """Check the world size against TP x PP x CP, and the global batch against the data-parallel size."""
     tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
     cp = flags.context_parallel_size
     one = tp * pp * cp
@@ -137,7 +145,7 @@ def check_processes(flags: Namespace, world: int) -> list[Finding]:
 
 
 def versions(device: str) -> dict[str, str]:
-    """Versions that must be the same everywhere, and which source runs."""
+    """The versions that must be the same on all nodes, and which source runs."""
     found = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     if device == "cuda":
         import torch
@@ -159,7 +167,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The clone's commit; "unknown" where there is no git or no clone, as in some containers."""
+    """The clone's commit; "unknown" if there is no git or no clone, as in some containers."""
     command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -169,7 +177,11 @@ def _commit() -> str:
 
 
 def _digest(folder: Path, files: Iterable[Path]) -> str:
-    """Names and sizes, each file read at its end. Raises OSError, which names the file."""
+    """Digest the names and sizes of files, and read each file at its end.
+
+    Raises:
+        OSError: a file cannot be read; the error names it.
+    """
     content = hashlib.sha256()
     total = 0
     for path in sorted(files):

@@ -1,4 +1,4 @@
-"""What a preflight found: one Finding per node and check, the comparison of nodes, the table and JSON."""
+"""What a preflight found: the findings of each node, their comparison, the table and the JSON line."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,26 +15,29 @@ _WORDS = {True: "ok", False: "FAIL", None: "-"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One check on one node. passed: None if it was not run."""
+    """The outcome of one check on one node."""
 
     check: str
+    """One of CHECKS."""
     passed: bool | None
+    """None if the check was not run."""
     found: str = ""
     expected: str = ""
     fix: str = ""
 
     def line(self, node: str) -> str:
-        """What a person must know about a failed check."""
+        """Say what a person must know about a failed check."""
         return f"{node}: {self.check}: found {self.found}; expected {self.expected}; fix: {self.fix}"
 
 
 @dataclass
 class NodeReport:
-    """What one node says about itself. facts: to be the same everywhere, by the check that compares them."""
+    """What one node reports about itself."""
 
     node: str
     findings: list[Finding] = field(default_factory=list)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Values by name that must be the same on all nodes, by the check that compares them."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,14 +49,14 @@ class NodeReport:
         return cls(values["node"], findings, values["facts"])
 
     def passed(self, check: str) -> bool | None:
-        """Whether the node passed: a check may have several findings. None if none was run."""
+        """Whether the node passed all findings of a check; None if the check was not run."""
         outcomes = [finding.passed for finding in self.findings if finding.check == check]
         outcomes = [outcome for outcome in outcomes if outcome is not None]
         return all(outcomes) if outcomes else None
 
 
 def compare(reports: Sequence[NodeReport]) -> None:
-    """Add to each report whether its facts are those of most nodes (in a tie: of the first that has them)."""
+    """Add to each report whether its facts equal those of most nodes (in a tie: those of the first node)."""
     for check, fix in _COMPARED.items():
         having = [report for report in reports if check in report.facts]
         for name in dict.fromkeys(name for report in having for name in report.facts[check]):
@@ -66,7 +69,7 @@ def compare(reports: Sequence[NodeReport]) -> None:
 
 
 def failures(reports: Sequence[NodeReport]) -> list[str]:
-    """One line for each failed check of each node."""
+    """The lines of all failed checks, node by node."""
     return [
         finding.line(report.node)
         for report in reports
@@ -76,7 +79,7 @@ def failures(reports: Sequence[NodeReport]) -> list[str]:
 
 
 def table(reports: Sequence[NodeReport]) -> str:
-    """Nodes down, checks across: ok, FAIL, or - for a check that was not run."""
+    """A table of nodes (down) and checks (across): ok, FAIL, or - for a check that was not run."""
     rows = [["node", *CHECKS]]
     rows += [[report.node, *(_WORDS[report.passed(check)] for check in CHECKS)] for report in reports]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -85,7 +88,7 @@ def table(reports: Sequence[NodeReport]) -> str:
 
 
 def summary(reports: Sequence[NodeReport]) -> dict[str, Any]:
-    """The JSON line."""
+    """The content of the JSON line."""
     return {
         "passed": not failures(reports),
         "nodes": {report.node: {check: report.passed(check) for check in CHECKS} for report in reports},

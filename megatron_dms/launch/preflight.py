@@ -1,8 +1,9 @@
-"""The preflight of a job: one process per node, which meet at the port that training will use.
+"""The preflight of a job: one process per node; all of them meet at the port that training will use.
 
-Order: the port, what the node can check alone (node_checks.py), an all-reduce over all ranks (all_reduce.py)
-once every node is there, and the comparison of all reports by the first node (findings.py). A node that says
-nothing within the time limit is named: reports travel through a TCPStore, not through a collective.
+The order is: the port, what the node can check alone (node_checks.py), an all-reduce over all ranks
+(all_reduce.py) once every node is there, and the comparison of all reports by the first node
+(node_report.py). A node that says nothing within the time limit is named: reports travel through a TCPStore,
+not through a collective.
 """
 
 import json
@@ -21,19 +22,19 @@ from megatron_dms.launch.node_report import Finding, NodeReport, compare, failur
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-_GRACE = 15  # seconds between nodes that do the same thing
-_A_MOMENT = 0.1  # seconds to ask for what should be there already
-_LAST_WORDS = 300  # characters of a failed process's last line
+_GRACE = 15  # seconds that one node may be slower than another at the same step
+_A_MOMENT = 0.1  # seconds to wait for a report that should be there already
+_LAST_WORDS = 300  # characters of a failed process's last line that are shown
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What one node is told."""
+    """One node's part of the preflight."""
 
     hosts: tuple[str, ...]
     """All nodes, by rank; the first is where they meet."""
     node_rank: int
-    """Which of them this is, from 0."""
+    """The rank of this node, from 0."""
     gpus_per_node: int
     """Processes of the run on each node."""
     port: int
@@ -56,17 +57,18 @@ class Preflight:
         return len(self.hosts) * self.gpus_per_node
 
     def name(self, rank: int) -> str:
-        """How messages name a node."""
+        """The name of a node in messages."""
         return f"node {rank} ({self.hosts[rank]})"
 
     def run(self) -> int:
-        """Check, and say what was found (the table and the JSON line on the first node).
+        """Check this node and say what was found; the first node prints the table and the JSON line.
 
         Returns:
-            0 if every check of every node passed, else 1; the same on every node that was heard.
+            0 if every check of every node passed, otherwise 1; the value is the same on every node that
+            was heard.
 
         Raises:
-            ValueError: the training flags hold a size that is no whole number.
+            ValueError: a size in the training flags is no whole number.
         """
         flags = node_checks.training_flags(self.training)
         try:
@@ -111,19 +113,19 @@ class Preflight:
             *checkpoints,
             *data,
         ]
-        if self.node_rank == 0:  # it would say the same everywhere
+        if self.node_rank == 0:  # every node would find the same
             findings += node_checks.check_processes(flags, self.world)
         facts = {"files": weights | tokens, "versions": node_checks.versions(self.device)}
         return NodeReport(self.node, findings, facts)
 
     def _all_ready(self, store: "TCPStore") -> bool:
-        """Whether all nodes are there with their GPUs: an all-reduce without one of them would only hang."""
+        """Whether all nodes are there with their GPUs: an all-reduce would hang if one were missing."""
         if self.node_rank == 0:
             self._set(store, "go", 0, all(self._get_all(store, "ready", self.timeout)))
         return bool(self._get(store, "go", 0, 2 * self.timeout + _GRACE))
 
     def _all_reduce(self) -> Finding:
-        """Start the ranks of this node, and end them when the time is up."""
+        """Start the ranks of this node for the all-reduce, and end them when the time is up."""
         common = ["--host", self.hosts[0], "--port", str(self.port), "--world", str(self.world)]
         common += ["--device", self.device, "--seconds", str(self.timeout)]
         processes = []
@@ -131,8 +133,10 @@ class Preflight:
             rank = self.node_rank * self.gpus_per_node + local
             command = [sys.executable, "-m", "megatron_dms.launch.all_reduce", *common]
             command += ["--rank", str(rank), "--local-rank", str(local)]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            processes.append((rank, subprocess.Popen(command, text=True, cwd=node_checks.ROOT, **pipes)))
+            process = subprocess.Popen(
+                command, text=True, cwd=node_checks.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            processes.append((rank, process))
         end = time.monotonic() + self.timeout
         wrong, seconds = [], 0.0
         for rank, process in processes:
@@ -153,9 +157,10 @@ class Preflight:
         return Finding("all-reduce", not wrong, "; ".join(wrong) or f"{seconds:.3f} s", expected, fix)
 
     def _conclude(self, store: "TCPStore", grace: float) -> int:
-        """The first node judges for all, and stays until they know: its store vanishes with it.
+        """Let the first node decide for all; it stays until the others know, because its store ends with it.
 
-        grace: seconds in which the others may still end their ranks.
+        Args:
+            grace: seconds in which the other nodes may still end their ranks.
         """
         if self.node_rank:
             passed = self._get(store, "verdict", 0, 2 * self.timeout + _GRACE)
@@ -190,14 +195,14 @@ class Preflight:
         store.set(f"preflight/{key}/{rank}", json.dumps(value))
 
     def _get_all(self, store: "TCPStore", key: str, seconds: float) -> list[Any]:
-        """Of all nodes, None for those that say nothing in time."""
+        """The values of all nodes, by rank; None for a node that says nothing in time."""
         end = time.monotonic() + seconds
         ranks = range(len(self.hosts))
         return [self._get(store, key, rank, max(_A_MOMENT, end - time.monotonic())) for rank in ranks]
 
     @staticmethod
     def _get(store: "TCPStore", key: str, rank: int, seconds: float) -> Any:
-        """The value, or None if there is none in time."""
+        """The value, or None if no value is there in time."""
         name = f"preflight/{key}/{rank}"
         try:
             store.wait([name], timedelta(seconds=seconds))

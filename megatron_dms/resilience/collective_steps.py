@@ -1,4 +1,4 @@
-"""Work that one rank does for all, or each for itself, so that a failure of one ends all of them in time."""
+"""Steps that all ranks take together: a failure of one rank ends all of them, and in time."""
 
 import sys
 import time
@@ -15,12 +15,15 @@ _FAILURES = (OSError, CheckpointError)
 
 
 class FailedElsewhere(Exception):
-    """Another rank failed, and says why."""
+    """Another rank failed, and that rank says why."""
 
 
 def by_rank_0[T](work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, for all; its failure (OSError, CheckpointError) is raised there, and
-    FailedElsewhere on the others. Collective.
+    """Do `work` on rank 0 and return its result on every rank. Collective.
+
+    Raises:
+        OSError, CheckpointError: `work` failed; raised on rank 0.
+        FailedElsewhere: `work` failed; raised on the other ranks.
     """
     found: list = [None, False]
     failure = None
@@ -38,8 +41,14 @@ def by_rank_0[T](work: Callable[[], T]) -> T:
 
 
 def gathered[T](work: Callable[[], T]) -> list[T]:
-    """What `work` returns on each rank, on all ranks; failures as in by_rank_0. Collective."""
-    failure, mine = None, (None, False)
+    """Do `work` on every rank and return all results, by rank, on every rank. Collective.
+
+    Raises:
+        OSError, CheckpointError: `work` failed on this rank.
+        FailedElsewhere: `work` failed on other ranks only.
+    """
+    failure: Exception | None = None
+    mine: tuple[T | None, bool] = (None, False)
     try:
         mine = (work(), False)
     except _FAILURES as error:
@@ -55,14 +64,15 @@ def gathered[T](work: Callable[[], T]) -> list[T]:
 
 @contextmanager
 def ends_with_a_line(what: str) -> Iterator[None]:
-    """Any failure within becomes one line on stderr, from the ranks that know the cause, and exit status 1.
+    """Turn any failure within into exit status 1, and one line on stderr from each rank that knows the cause.
 
-    what: what did not happen.
+    Args:
+        what: what did not happen.
     """
     try:
         yield
-    except (Exception, CheckpointException) as error:  # the latter is no Exception
-        told = FailedElsewhere, CheckpointException  # of the latter, rank 0 alone gets the failures
+    except (Exception, CheckpointException) as error:  # CheckpointException derives from BaseException
+        told = FailedElsewhere, CheckpointException  # rank 0 alone gets the failures of a CheckpointException
         if isinstance(error, told) and not getattr(error, "failures", None):
             time.sleep(_LET_SPEAK)
         else:
@@ -72,7 +82,7 @@ def ends_with_a_line(what: str) -> Iterator[None]:
 
 
 def root_cause(error: BaseException) -> str:
-    """What lies at the bottom of an exception: the operating system's word if there is one."""
+    """The words of the exception at the bottom: the operating system's if there are any."""
     if isinstance(error, CheckpointException):
         failures = {rank: root_cause(inner) for rank, (inner, _) in error.failures.items()}
         # Megatron puts "Worker failure: An error is caught while starting worker 0, error: " before it.

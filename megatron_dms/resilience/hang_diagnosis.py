@@ -1,7 +1,8 @@
-"""Which rank holds the others up: what each tells of itself, and the rule by which one is named.
+"""Which rank holds the others up: what each rank reports of itself, and the rule by which one is named.
 
-In a synchronous run one hanging rank makes all of them late: the others sit in a collective and wait for it.
-So lateness names nobody. What does: not answering at all, not waiting while all others wait, or being behind.
+In a synchronous run one hanging rank makes all ranks late: the others sit in a collective and wait for it. So
+lateness names nobody. A rank is to blame if it does not answer at all, if it does not wait while all others
+wait, or if it is behind the others.
 """
 
 import dis
@@ -9,16 +10,16 @@ import json
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-# Where Python's innermost frame stands while a rank waits for others (torch 2.13, megatron-core 0.19.2), and
-# what it calls while it waits for a Work or for the device, which in turn may wait for others.
+# The files in which Python's innermost frame stands while a rank waits for others, and the methods that it
+# calls while it waits for a Work or for the device, which in turn may wait for others.
 _WAITING_FILES = ("torch/distributed/distributed_c10d.py", "pipeline_parallel/p2p_communication.py")
 _WAITING_CALLS = frozenset({"wait", "item", "tolist", "cpu", "synchronize"})
-_INNERMOST = 4  # frames: distributed_c10d's decorators and helpers stand between
+_INNERMOST = 4  # frames looked at: distributed_c10d's decorators and helpers stand between
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank tells of itself."""
+    """What a rank reports of itself."""
 
     rank: int
     host: str
@@ -27,15 +28,15 @@ class Report:
     step: int
     """Training step under way, from 1; 0 before the first."""
     microbatches: int
-    """Begun in this step or phase."""
+    """Microbatches begun in this step or phase."""
     seconds: float
-    """Since the last microbatch or phase began."""
+    """Seconds since the last microbatch or phase began."""
     waits: bool
     """Whether the main thread waits for other ranks or for the device."""
     where: str
     """The main thread's innermost line."""
     beat: int = 0
-    """Number of this report: one that does not grow comes from a rank that is silent."""
+    """Number of this report: if it does not grow, the rank is silent."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -54,9 +55,9 @@ class Report:
 
 
 def waits_for_others(frame: FrameType) -> bool:
-    """Whether a thread whose innermost frame this is waits for other ranks or for the device.
+    """Whether a thread with this innermost frame waits for other ranks or for the device.
 
-    Looks at code objects only: reading source files would hang where the disk does.
+    Only code objects are looked at: reading source files would hang where the disk hangs.
     """
     names = {
         instruction.argval
@@ -77,15 +78,15 @@ def waits_for_others(frame: FrameType) -> bool:
     return False
 
 
-def verdict(answers: list[Report], silent: dict[int, Report | None]) -> str:
-    """Who is to blame, in one line.
+def diagnose(answers: list[Report], silent: dict[int, Report | None]) -> str:
+    """Say in one line which rank is to blame.
 
     Args:
-        answers: what the ranks said that answered when asked.
-        silent: the last heartbeat, if there was one, of each rank that did not answer.
+        answers: the reports of the ranks that answered when they were asked.
+        silent: by rank that did not answer, its last heartbeat; None if it never sent one.
     """
     if silent:
-        return lost(silent)
+        return name_lost(silent)
     suspects = [report for report in answers if not report.waits] or answers
     first = min((report.step, report.microbatches) for report in suspects)
     behind = [report for report in suspects if (report.step, report.microbatches) == first]
@@ -98,8 +99,8 @@ def verdict(answers: list[Report], silent: dict[int, Report | None]) -> str:
     )
 
 
-def lost(silent: dict[int, Report | None]) -> str:
-    """Names ranks that do not answer: their process or machine is dead or frozen."""
+def name_lost(silent: dict[int, Report | None]) -> str:
+    """Name the ranks that do not answer: their process or machine is dead or frozen."""
     return "; ".join(
         f"{last.name} is lost: it does not answer, its last heartbeat came from {last.place}"
         if last

@@ -1,8 +1,8 @@
 """Does a killed run end where an uninterrupted one does, bit for bit? Used by tools/verify_resume.py.
 
-One run to the end; another whose ranks are killed (-9) again and again, at random moments and while they
-save, and which is started again each time by the same command. Then every tensor of the two last checkpoints
-is compared, weights and optimizer state.
+One run goes to its end. The ranks of another run are killed (-9) again and again, at random moments and while
+they save, and the run is started again each time by the same command. Then every tensor of the two last
+checkpoints is compared, weights and optimizer state.
 """
 
 import os
@@ -23,61 +23,70 @@ from megatron_dms.formats.megatron_folder import TRACKER
 from megatron_dms.formats.torch_dist import Reader
 from megatron_dms.resilience.run_folder import UNFINISHED, finished_iterations, iteration_name, resume_point
 
-_MARK = "MEGATRON_DMS_VERIFY_RESUME"  # in the environment of everything that is started here
-_RESUMED = re.compile(r"resuming from iteration (\d+) ")  # training/checkpoints.py says so
+_MARK = "MEGATRON_DMS_VERIFY_RESUME"  # a variable in the environment of every process that is started here
+_RESUMED = re.compile(r"resuming from iteration (\d+) ")  # what verified_saves.py prints
 _SAVING = f"{UNFINISHED}*/iter_*"
 _POLL = 0.002  # seconds
-_STARTING = 1.0
-_ENDING = 8.0  # torch's data loader workers look for their parent every 5
+_STARTING = 1.0  # seconds between looks for the ranks: by the next look all of them are there
+_ENDING = (
+    8.0  # seconds for helper processes to end: torch's data loader workers look for their parent every 5
+)
 
 
 class CheckFailed(Exception):
-    """The promise was broken, or the command fails without being killed; one line."""
+    """The promise was broken, or the command fails without being killed. The message is one line."""
 
 
 @dataclass
 class Plan:
-    """command: of a run, to which --save, --load, --train-iters and --save-interval are added. out: a new
-    folder. steps: of the whole run. while_saving: the share of the kills that wait for a save. timeout:
-    seconds for one start of the run.
-    """
+    """What is run and how it is killed."""
 
     command: Sequence[str]
+    """The command of a run, to which --save, --load, --train-iters and --save-interval are added."""
     out: Path
+    """A new folder for both runs and their logs."""
     steps: int
+    """Training steps of each run."""
     save_interval: int
+    """Training steps between two saves."""
     kills: int
     while_saving: float
+    """The share of the kills that wait for a save."""
     seed: int
+    """Seed of the moments of the kills and of the ranks that are killed."""
     timeout: float
+    """Seconds for one start of the run."""
 
 
 @dataclass
 class Found:
-    """What happened. landed: kills that left an unfinished save. resumed: iterations. lost: finished
-    checkpoints. leftovers: processes that outlived their run by more than a moment.
-    """
+    """What happened."""
 
     kills: int = 0
     landed: int = 0
+    """Kills that left an unfinished save."""
     resumed: list[int] = field(default_factory=list)
+    """The iterations that runs resumed from."""
     lost: int = 0
+    """Finished checkpoints that are gone."""
     leftovers: int = 0
+    """Processes that outlived their run by more than a moment."""
     seconds: float = 0.0
+    """Seconds that the whole check took."""
 
 
 class _Life:
-    """One start of the run, in processes that can be told from all others."""
+    """One start of the run, whose processes can be told from all others."""
 
     def __init__(self, plan: Plan, save: Path, log: Path) -> None:
         self.mark = f"{os.getpid()}-{time.monotonic_ns()}"
         self.save, self.log, self.plan = save, log, plan
         flags = ["--train-iters", plan.steps, "--save-interval", plan.save_interval]
         flags += ["--save", save, "--load", save, "--tensorboard-dir", save.with_name(f"{save.name}.boards")]
-        # Of two equal flags the last counts: the command's own folders are never touched.
+        # The last of two equal flags counts, so the command's own folders are never touched.
         command = [*plan.command, *(str(flag) for flag in flags)]
         settings = os.environ | {_MARK: self.mark, "WANDB_MODE": "disabled"}
-        self._left = set(save.glob(_SAVING))  # by runs before
+        self._left = set(save.glob(_SAVING))  # unfinished saves of earlier starts
         self.begin = time.monotonic()
         with log.open("w") as out:
             self.launcher = subprocess.Popen(
@@ -85,17 +94,17 @@ class _Life:
             )
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, once they are there: they have a RANK, their launcher has none."""
+        """Wait for the ranks, then return their process ids: ranks have a RANK, their launcher has none."""
         found: list[int] = []
         while not found and self.launcher.poll() is None:
-            time.sleep(_STARTING)  # all of them, by then
+            time.sleep(_STARTING)
             found = sorted(pid for pid, parent in self._processes(b"RANK=") if not _holds(parent, b"RANK="))
         if not found:
             raise CheckFailed(f"the command ended before it had started a rank; {self.log}")
         return found
 
     def _processes(self, variable: bytes) -> list[tuple[int, int]]:
-        """(process id, its parent's) of what was started here and has this variable."""
+        """The process ids, each with its parent's, of the processes started here that have this variable."""
         found = []
         for name in os.listdir("/proc"):
             if name.isdecimal() and _holds(int(name), f"{_MARK}={self.mark}".encode(), variable):
@@ -108,7 +117,7 @@ class _Life:
         return found
 
     def wait(self) -> int:
-        """The launcher's exit status."""
+        """Wait for the launcher's end -> its exit status."""
         left = self.begin + self.plan.timeout - time.monotonic()
         try:
             return self.launcher.wait(timeout=max(left, 1))
@@ -116,7 +125,7 @@ class _Life:
             raise CheckFailed(f"a run did not end within {self.plan.timeout:g} seconds; {self.log}") from None
 
     def end(self) -> int:
-        """Kill what is left of it; -> how many processes that were, beside the launcher and its ranks."""
+        """Kill the processes that are left -> their number, launcher and ranks not counted."""
         end = time.monotonic() + _ENDING
         while (left := self._processes(b"")) and time.monotonic() < end:
             time.sleep(0.05)
@@ -129,12 +138,12 @@ class _Life:
         return len(left)
 
     def is_saving(self) -> bool:
-        """Whether it has a checkpoint that is not in its place; after its end: whether it left one."""
+        """Whether this start has a checkpoint that is not in its place yet, or left one when it ended."""
         return any(path not in self._left for path in self.save.glob(_SAVING))
 
 
 def _holds(pid: int, *variables: bytes) -> bool:
-    """Whether a process was started with all these at the beginning of environment variables."""
+    """Whether a process was started with environment variables that begin with each of these."""
     try:
         words = b"\0" + Path("/proc", str(pid), "environ").read_bytes()
     except OSError:
@@ -143,7 +152,7 @@ def _holds(pid: int, *variables: bytes) -> bool:
 
 
 class ResumeCheck:
-    """Runs, kills and compares as `plan` says."""
+    """Run, kill and compare as `plan` says."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -153,7 +162,11 @@ class ResumeCheck:
         self._until_saving = self._saving = self._between = 0.0  # seconds, measured in the uninterrupted run
 
     def run(self) -> tuple[int, list[str]]:
-        """-> (tensors compared, names of those that differ). Raises CheckFailed."""
+        """Do the whole check -> (number of tensors compared, names of the tensors that differ).
+
+        Raises:
+            CheckFailed: the promise was broken, or the command fails without being killed.
+        """
         begin = time.monotonic()
         self.plan.out.mkdir(parents=True)
         whole, killed = self.plan.out / "whole", self.plan.out / "killed"
@@ -209,7 +222,7 @@ class ResumeCheck:
         self._nothing_lost(save, expected, before)
 
     def _killed(self, save: Path) -> bool:
-        """One start and one kill; True if the run was through before."""
+        """Start the run once and kill it once; True if the run was through before the kill."""
         expected, before = _pointer(save), set(finished_iterations(save))
         life = self._start(save)
         victim = self._random.choice(life.ranks())
@@ -249,7 +262,7 @@ class ResumeCheck:
             time.sleep(0.02)
 
     def _resumed_from(self, expected: int | None, life: _Life) -> None:
-        """If it came to loading, it was from the newest checkpoint."""
+        """Check that the run loaded the newest checkpoint, if it came to loading."""
         said = _RESUMED.search(life.log.read_text(errors="replace"))
         if said is None:
             return
@@ -267,7 +280,7 @@ class ResumeCheck:
             newest, passed = resume_point(save)
         except CheckpointError as error:
             raise CheckFailed(f"after kill {self.found.kills}: {error}") from error
-        if gone or passed or (pointer or 0) > (newest or 0):
+        if gone or passed or not isinstance(newest, int | None) or (pointer or 0) > (newest or 0):
             raise CheckFailed(
                 f"after kill {self.found.kills}: lost {sorted(gone)}, damaged {passed}, newest {newest}, "
                 f"before it {pointer}; {save}"
@@ -280,7 +293,7 @@ def _pointer(save: Path) -> int | None:
 
 
 def compare(one: Path, other: Path) -> tuple[int, list[str]]:
-    """-> (tensors compared, names of those of two checkpoints whose bits are not the same)."""
+    """Compare two checkpoints -> (number of tensors, names of the tensors whose bits are not the same)."""
     readers = Reader(one), Reader(other)
     names = sorted(readers[0].tensors.keys() | readers[1].tensors.keys())
     return len(names), [name for name in names if not _same(name, *readers)]

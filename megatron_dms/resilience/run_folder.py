@@ -1,9 +1,10 @@
-"""Which checkpoints of a run are finished, and how one becomes so; files alone, no process group.
+"""Which checkpoints of a run are finished, and how a checkpoint becomes finished. No process group is needed.
 
-A checkpoint is written into a folder `unfinished-*` beside, verified, given its checksums, moved to its place
-and then pointed to (`latest_checkpointed_iteration.txt`): it is finished when the pointer names it. So the
-pointer decides, also where somebody set it back by hand; only if what it names is damaged, or it is damaged
-itself, the newest checkpoint before takes its place. Each step is one rename, on disk before the next.
+A checkpoint is written into a folder `unfinished-*` beside the finished ones, verified, given its checksums,
+moved to its place, and then named by the pointer (`latest_checkpointed_iteration.txt`): it is finished when
+the pointer names it. So the pointer decides, also if somebody set it back by hand. Only if the pointer, or the
+checkpoint that it names, is damaged does the newest checkpoint before take its place. Each step is one rename,
+on disk before the next.
 """
 
 import shutil
@@ -22,23 +23,24 @@ _ITERATION = "iter_"
 
 
 def iteration_name(iteration: int) -> str:
-    """Megatron's name of an iteration's folder."""
+    """Megatron's name for the folder of an iteration."""
     return f"{_ITERATION}{iteration:07d}"
 
 
 def resume_point(
     save: Path, damaged: Mapping[int, str] | None = None
 ) -> tuple[int | str | None, dict[int, str]]:
-    """The checkpoint that a run in `save` goes on from; looks at names and sizes only and changes nothing.
+    """Find the checkpoint that a run in `save` goes on from, by names and sizes only; change nothing.
 
-    damaged: iterations known to be so, and why.
+    Args:
+        damaged: iterations that are known to be damaged, and why.
 
     Returns:
-        Its iteration (RELEASE after an import, None if none was ever finished), and why newer ones were
-        passed over, by iteration (-1: the pointer itself).
+        The iteration (RELEASE after an import, None if none was ever finished), and the reasons why newer
+        ones were passed over, by iteration (-1: the pointer itself).
 
     Raises:
-        CheckpointError: something was finished here, but nothing is left that can be used.
+        CheckpointError: a checkpoint was finished here, but none is left that can be used.
     """
     passed: dict[int, str] = {}
     pointer = save / TRACKER
@@ -66,7 +68,7 @@ def resume_point(
 
 
 def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that was finished, as far as names and sizes tell."""
+    """Say what is wrong with a finished checkpoint, as far as names and sizes tell; None: nothing."""
     try:
         if not folder.is_dir():
             return f"{folder} is missing"
@@ -80,21 +82,24 @@ def _problem(folder: Path) -> str | None:
 
 
 def finished_iterations(save: Path) -> list[int]:
-    """Iterations that have checksums, in no order."""
+    """The iterations that have checksums, in no order."""
     folders = (path.parent for path in save.glob(f"{_ITERATION}*/{MANIFEST}"))
     names = (folder.name.removeprefix(_ITERATION) for folder in folders)
     return [int(name) for name in names if name.isdecimal()]
 
 
 def point_to(save: Path, iteration: int) -> None:
-    """Name the newest finished checkpoint."""
+    """Let the pointer name this iteration as the newest finished one."""
     write_durably(save / TRACKER, str(iteration))
 
 
 def new_staging(save: Path, clean: bool) -> Path:
-    """A folder to write one checkpoint into. clean: remove those that killed runs left.
+    """Make a folder to write one checkpoint into.
 
-    Its name is new each time: a process of a killed run that still writes cannot touch this run's files.
+    The name is new each time: a process of a killed run that still writes cannot touch this run's files.
+
+    Args:
+        clean: remove the folders that killed runs left.
     """
     save.mkdir(parents=True, exist_ok=True)
     for left in save.glob(f"{UNFINISHED}*") if clean else ():
@@ -103,21 +108,29 @@ def new_staging(save: Path, clean: bool) -> Path:
 
 
 def finish(staged: Path, save: Path, iteration: int, sums: Mapping[str, FileSum]) -> None:
-    """Make a checkpoint that was written and read back the newest one.
+    """Make a checkpoint that was written and read back the newest finished one.
+
+    Args:
+        staged: the checkpoint's folder within its staging folder.
+        sums: the checksums of its files, by name.
 
     Raises:
-        CheckpointError: its files do not fit together.
+        CheckpointError: the checkpoint's files do not fit together.
         OSError: the disk is full or gone.
     """
     Reader(staged)  # every tensor has its place in a file that is long enough
     write_manifest(staged, sums)
-    take_place(staged, save / staged.name)  # one of an abandoned course of the run may be there
+    take_place(staged, save / staged.name)  # an abandoned course of the run may have left one there
     sync_folder(save)
     point_to(save, iteration)
 
 
 def set_aside(save: Path, iteration: int) -> Path | None:
-    """Rename a damaged checkpoint, so that it is neither taken for a good one nor overwritten."""
+    """Rename a damaged checkpoint, so that it is neither taken for a good one nor overwritten.
+
+    Returns:
+        The new path; None if there is no folder to rename.
+    """
     folder = save / iteration_name(iteration)
     if not folder.is_dir():
         return None
@@ -131,9 +144,17 @@ def set_aside(save: Path, iteration: int) -> Path | None:
 
 
 def remove_old(save: Path, keep: int, newest: int, staging: Path) -> list[int]:
-    """Remove finished checkpoints before `newest`, which was just verified, until `keep` are left with it.
+    """Remove finished checkpoints before `newest`, which was just verified, until `keep` are left in all.
 
-    Each first leaves its place in one step, so that a half-removed one is never taken for a finished one.
+    Each checkpoint first leaves its place in one rename, so that a half-removed one is never taken for a
+    finished one.
+
+    Args:
+        keep: how many finished checkpoints stay, `newest` among them; 0 = all.
+        staging: the folder into which they are moved to be removed.
+
+    Returns:
+        The iterations that were removed.
     """
     old = sorted(iteration for iteration in finished_iterations(save) if iteration < newest)
     old = old[: max(0, len(old) - (keep - 1))] if keep else []

@@ -1,15 +1,16 @@
 """A watchdog thread in every rank: no run hangs for longer than its limits, and none ends without a name.
 
-The main thread only writes where it is (phase, step, microbatch). The watchdog's thread publishes that every
-few seconds through a store client of its own, which works beside a main thread that is stuck in a collective:
-under torchrun the agent of node 0 hosts the store, so that it outlives every rank.
+The main thread only notes where it is (phase, step, microbatch). The watchdog's thread publishes that note
+every few seconds through a store client of its own, which works even if the main thread is stuck in a
+collective. Under torchrun the agent of node 0 hosts the store, so the store outlives every rank.
 
 Three things raise an alarm: a rank that made no progress for longer than the limit of its phase, a neighbour
 (rank + 1) whose heartbeat stopped, and a run that is about to end (an exception, or torchrun's SIGTERM after
-another rank died). Then every rank answers, and the one that raised it says who is slow, hangs or is lost.
-After an alarm of the first two kinds all ranks dump their stacks and end with the status EXIT.
+another rank died). Then every rank answers, and the rank that raised the alarm says which rank is slow, hangs
+or is lost (hang_diagnosis.py). After an alarm of the first two kinds all ranks dump their stacks and end with
+the status EXIT.
 
-What it cannot see: which of several ranks hangs inside the same GPU kernel or collective.
+The watchdog cannot see which of several ranks hangs inside the same GPU kernel or collective.
 """
 
 import contextlib
@@ -32,26 +33,28 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_dms.config import DMSConfig
-from megatron_dms.resilience.hang_diagnosis import Report, lost, verdict, waits_for_others
+from megatron_dms.resilience.hang_diagnosis import Report, diagnose, name_lost, waits_for_others
 
 EXIT = 6
 """Exit status of every rank after the watchdog has ended the run."""
 START, STEP, VALIDATION, SAVE = "start", "training step", "validation", "save"
 INTERVAL = 3.0  # seconds between heartbeats; each costs the store a handful of operations
-_ENDED = b"ended"
-_ALARM, _VERDICT = "alarm", "verdict"
+_ENDED = "ended"
+_ALARM, _DIAGNOSIS = "alarm", "diagnosis"  # keys of the store
 _DISK = 3.0  # seconds that writing the stacks to disk may take: the disk may be what hangs
-_SIGTERM = 0.3  # seconds: torchrun's goes to data loader workers too, whose end is an exception here
-_TORCHRUN = 40.0  # seconds for torchrun to end the other ranks, which it does at once, or kill them after 30
+# Seconds for a SIGTERM to arrive: torchrun's goes to data loader workers too, whose end is an exception here.
+_SIGTERM = 0.3
+_TORCHRUN = 40.0  # seconds for torchrun to end the other ranks: it does so at once, or kills them after 30
 
 
 class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
-    """One rank's part. Runs while the `with` block does; an exception that leaves the block is named first.
+    """One rank's watchdog. It runs while the `with` block runs, and names an exception that leaves the block.
 
     Args:
         limits: seconds without progress, by phase; 0: no limit.
         silence: seconds after which a rank without heartbeat, or a store without answer, is lost; 0: never.
-        folder: where the stacks are written to, besides stderr; None: nowhere.
+        folder: where the stacks are written to, in addition to stderr; None: nowhere.
+        interval: seconds between heartbeats.
     """
 
     def __init__(
@@ -63,20 +66,20 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         self._patience = 2 * interval + 2  # seconds for all ranks to see an alarm and answer
         # (phase, step, microbatches, when): one attribute, replaced whole, so that no lock is needed
         self._state = (START, 0, 0, time.monotonic())
-        self._main = threading.main_thread().ident
+        self._main = threading.main_thread().ident or 0
         self._store: dist.Store | None = None
         self._looked = time.monotonic()  # when the store last answered
         self._beat = 0
-        self._neighbour: tuple[bytes, float] = (b"", time.monotonic())  # its last heartbeat, and since when
+        self._neighbour: tuple[str, float] = ("", time.monotonic())  # its last heartbeat, and since when
         self._pipe = os.pipe()
         self._stopping, self._failing, self._signalled = False, False, False  # what woke the thread
-        self._after = ""  # whose alarm came before an exception here, which it may have caused
+        self._after = ""  # which rank's alarm came before an exception here: the alarm may have caused it
         self._asked = threading.Event()  # set when the others were asked about a failure here
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     @classmethod
     def of_run(cls, dms: DMSConfig, args: Namespace) -> "Watchdog":
-        """With the limits that the flags set."""
+        """Make the watchdog of a training run, with the limits that the flags set."""
         limits = {START: dms.start_limit, STEP: dms.step_limit, VALIDATION: dms.step_limit}
         folder = Path(args.save) / "watchdog" if args.save else None
         return cls(limits | {SAVE: dms.save_limit}, dms.heartbeat_limit, folder)
@@ -84,14 +87,14 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     # What the main thread calls.
 
     def beat(self, phase: str, step: int) -> None:
-        """A microbatch of a training step (from 1) or of a validation begins."""
+        """Note that a microbatch of a training step (from 1) or of a validation begins."""
         before = self._state
         count = before[2] + 1 if before[:2] == (phase, step) else 1
         self._state = (phase, step, count, time.monotonic())
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A phase within another, after which that one goes on."""
+        """A phase within another phase, which goes on afterwards."""
         phase, step, count, _ = self._state
         self._state = (name, step, 0, time.monotonic())
         yield  # not where an exception leaves: the phase is part of its message
@@ -100,10 +103,10 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
     def __enter__(self) -> "Watchdog":
         faulthandler.enable()  # a crash in C code, such as a bus error, prints its stack
         os.set_blocking(self._pipe[1], False)
-        # Python runs signal handlers in the main thread, which may be stuck. This file descriptor is written
-        # to at once.
+        # Python runs signal handlers in the main thread, which may be stuck. Python writes to this file
+        # descriptor at once.
         self._handled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        if self._handled:  # else Megatron's --exit-signal-handler has it
+        if self._handled:  # otherwise Megatron's --exit-signal-handler handles SIGTERM
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             signal.signal(signal.SIGTERM, _left_to_the_thread)
             os.register_at_fork(after_in_child=_forget_signals)
@@ -121,7 +124,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             time.sleep(_SIGTERM)
             if self._signalled:
                 self._thread.join(2 * self._patience)  # it ends this process
-            if not said:
+            if not said and error is not None:
                 self._say(f"error: {report.name}, {report.place}: {_in_one_line(error)}{self._after}")
             if self.world > 1 and self._thread.is_alive():
                 self._failing = True
@@ -165,7 +168,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._look()
 
     def _look(self) -> None:
-        """One heartbeat, and a look at the others and at the clock."""
+        """Send one heartbeat, then look at the other ranks and at the clock."""
         report = self._report()
         cause = ""
         try:
@@ -173,7 +176,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                 self._connect()
                 cause = self._exchange(report)
             self._looked = time.monotonic()
-        except RuntimeError:  # the store; the guard minds how long that lasts
+        except RuntimeError:  # the store failed; the guard minds for how long
             self._store = None
         limit = self._limits[report.phase]
         if limit and report.seconds > limit:
@@ -196,7 +199,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._store = dist.PrefixStore(f"megatron_dms/watchdog/{attempt}", store)
 
     def _exchange(self, report: Report) -> str:
-        """Publish the heartbeat, answer another rank's alarm -> the cause of an alarm of ours, or nothing."""
+        """Publish the heartbeat and answer another rank's alarm; -> the cause of an alarm of our own, or ""."""
         assert self._store is not None
         self._store.set(f"beat/{self.rank}", report.to_json())
         if self._store.check([_ALARM]):
@@ -214,13 +217,13 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         return ""
 
     def _alarm(self, cause: str, stacks: bool) -> None:
-        """Ask all ranks, or join the alarm of a rank that was first; say who is to blame."""
+        """Ask all ranks and say which one is to blame, or join the alarm of a rank that was first."""
         alarm = {"rank": self.rank, "cause": cause, "stacks": stacks}
         try:
             if self.world == 1:
                 if stacks:
                     self._dump_stacks()
-                    self._say(f"watchdog: {cause}: {verdict([self._report()], {})}")
+                    self._say(f"watchdog: {cause}: {diagnose([self._report()], {})}")
                 return
             self._connect()
             assert self._store is not None
@@ -230,17 +233,17 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             if stacks:
                 self._dump_stacks()
             self._store.set(f"answer/{self.rank}", self._report().to_json())
-            text = self._judge(stacks)
+            text = self._diagnosis(stacks)
             if text:
                 self._say(f"watchdog: {cause}: {text}")
-            self._store.set(_VERDICT, text)
+            self._store.set(_DIAGNOSIS, text)
         except RuntimeError:
             if stacks:
                 self._dump_stacks()
             self._say(f"watchdog: {cause}; {self._store_name()} does not answer, so no other rank was asked")
 
-    def _judge(self, stacks: bool) -> str:
-        """Wait for the answers; -> who is to blame."""
+    def _diagnosis(self, stacks: bool) -> str:
+        """Wait for the answers; -> a line that names the rank to blame, or ""."""
         assert self._store is not None
         beats = {rank: self._value(f"beat/{rank}") for rank in range(self.world)}
         keys = {rank: f"answer/{rank}" for rank, beat in beats.items() if beat != _ENDED}
@@ -253,39 +256,40 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             if rank not in answers
         }
         if stacks:
-            return verdict(list(answers.values()), silent)
-        return f"{lost(silent)}; {self._report().name} was in {self._report().place}" if silent else ""
+            return diagnose(list(answers.values()), silent)
+        own = self._report()
+        return f"{name_lost(silent)}; {own.name} was in {own.place}" if silent else ""
 
     def _wait_for(self, keys: list[str]) -> None:
-        """Until the store has them, or patience ends."""
+        """Wait until the store has the keys, or patience ends."""
         assert self._store is not None
         end = time.monotonic() + self._patience
         while not self._store.check(keys) and time.monotonic() < end:
             self._looked = time.monotonic()
             time.sleep(0.05)
 
-    def _value(self, key: str) -> bytes:
+    def _value(self, key: str) -> str:
         assert self._store is not None
-        return self._store.get(key) if self._store.check([key]) else b""
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _answer(self, alarm: dict[str, Any]) -> None:
-        """Another rank's alarm: tell it where this one is, and end with it."""
+        """Answer another rank's alarm: tell it where this rank is, and end with it."""
         assert self._store is not None
         if not self._failing:
             self._after = f" (after an alarm of rank {alarm['rank']})"
         if alarm["stacks"]:
             self._dump_stacks()
         self._store.set(f"answer/{self.rank}", self._report().to_json())
-        self._wait_for([_VERDICT])
+        self._wait_for([_DIAGNOSIS])
         if alarm["stacks"]:
             self._exit()
-        # torchrun names the rank that ended first as the cause, so let that one, and not this one, be first.
+        # torchrun names the rank that ended first as the cause, so the rank with the cause must end first.
         self._looked += _TORCHRUN
         if not (self._failing or self._signalled or select.select([self._pipe[0]], [], [], _TORCHRUN)[0]):
             self._exit()
 
     def _guard(self) -> None:
-        """A thread beside: ends the run where the store itself hangs or is gone."""
+        """End the run if the store itself hangs or is gone. Runs in a thread of its own."""
         while not self._stopping and self._thread.is_alive():
             time.sleep(self._interval)
             silent = time.monotonic() - self._looked
@@ -315,7 +319,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
         )
 
     def _dump_stacks(self) -> None:
-        """All threads' stacks to stderr, in one write, and to a file if the disk takes it."""
+        """Write all threads' stacks to stderr, in one write, and to a file if the disk takes it."""
         report = self._report()
         memory = os.memfd_create("stacks")
         os.write(memory, f"watchdog: stacks of {report.name}, {report.place}\n".encode())
@@ -337,11 +341,11 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """SIGTERM's handler: the watchdog's thread has been told through the wakeup file descriptor."""
+    """Do nothing at SIGTERM: the watchdog's thread was told through the wakeup file descriptor."""
 
 
 def _forget_signals() -> None:
-    """In a forked child, such as a data loader's worker: its signals are its own, and SIGTERM ends it."""
+    """Let SIGTERM end a forked child, such as a data loader's worker, whose signals are its own."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -352,8 +356,8 @@ def _write(path: Path, text: bytes) -> None:
         path.write_bytes(text)
 
 
-def _in_one_line(error: Exception) -> str:
-    """One line. A data loader's worker hands on a traceback whose last line is the error's own."""
+def _in_one_line(error: BaseException) -> str:
+    """The error in one line. A data loader's worker hands on a traceback: its last line is the error's own."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = lines[-1].strip() if lines else ""
     return said if said.split(":")[0].endswith(type(error).__name__) else f"{type(error).__name__}: {said}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_dms.resilience.hang_diagnosis import Report, verdict, waits_for_others
+from megatron_dms.resilience.hang_diagnosis import Report, diagnose, waits_for_others
 from megatron_dms.resilience.watchdog import EXIT, SAVE, START, STEP, Watchdog
 
 TIMEOUT = 60  # seconds
@@ -26,19 +26,19 @@ def report(rank: int, step: int = 5, microbatches: int = 2, waits: bool = True) 
 def test_who_is_blamed() -> None:
     """Catches: the waiting ranks blamed, a rank that does not answer forgotten, progress not looked at."""
     waiting = [report(0), report(1)]
-    hanging = verdict([*waiting, report(2, waits=False)], {})
+    hanging = diagnose([*waiting, report(2, waits=False)], {})
     assert hanging.startswith(
         "rank 2 (node, pid 102) is slow or hangs: step 5, training step, microbatch 2, 31 s"
     )
-    behind = verdict([report(0), report(1, microbatches=1), report(2, step=6)], {})
+    behind = diagnose([report(0), report(1, microbatches=1), report(2, step=6)], {})
     assert behind.startswith("rank 1 ") and ";" not in behind
-    dead = verdict([report(0), report(1, waits=False)], {2: report(2), 3: None})
+    dead = diagnose([report(0), report(1, waits=False)], {2: report(2), 3: None})
     assert dead == (
         "rank 2 (node, pid 102) is lost: it does not answer, its last heartbeat came from step 5, "
         "training step; "
         "rank 3 is lost: it does not answer and never sent a heartbeat"
     )
-    assert "no rank stands out" in verdict(waiting, {})
+    assert "no rank stands out" in diagnose(waiting, {})
 
 
 def test_a_report_survives_the_store() -> None:
