@@ -28,9 +28,7 @@ _RESUMED = re.compile(r"resuming from iteration (\d+) ")  # what verified_saves.
 _SAVING = f"{UNFINISHED}*/iter_*"
 _POLL = 0.002  # seconds
 _STARTING = 1.0  # seconds between looks for the ranks: by the next look all of them are there
-_ENDING = (
-    8.0  # seconds for helper processes to end: torch's data loader workers look for their parent every 5
-)
+_ENDING = 8.0  # seconds for helpers to end: torch's data loader workers look for their parent every 5
 
 
 class CheckFailed(Exception):

@@ -2,9 +2,9 @@
 
 A checkpoint is written into a folder `unfinished-*` beside the finished ones, verified, given its checksums,
 moved to its place, and then named by the pointer (`latest_checkpointed_iteration.txt`): it is finished when
-the pointer names it. So the pointer decides, also if somebody set it back by hand. Only if the pointer, or the
-checkpoint that it names, is damaged does the newest checkpoint before take its place. Each step is one rename,
-on disk before the next.
+the pointer names it. So the pointer decides, also if somebody set it back by hand. Only if the pointer or the
+checkpoint that it names is damaged does the newest checkpoint before take its place. Each step is one
+rename, on disk before the next.
 """
 
 import shutil

@@ -199,7 +199,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
             self._store = dist.PrefixStore(f"megatron_dms/watchdog/{attempt}", store)
 
     def _exchange(self, report: Report) -> str:
-        """Publish the heartbeat and answer another rank's alarm; -> the cause of an alarm of our own, or ""."""
+        """Publish the heartbeat and answer another rank's alarm -> the cause of an alarm of ours, or ""."""
         assert self._store is not None
         self._store.set(f"beat/{self.rank}", report.to_json())
         if self._store.check([_ALARM]):
@@ -357,7 +357,7 @@ def _write(path: Path, text: bytes) -> None:
 
 
 def _in_one_line(error: BaseException) -> str:
-    """The error in one line. A data loader's worker hands on a traceback: its last line is the error's own."""
+    """The error in one line. A data loader's worker hands on a traceback: its last line is the error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = lines[-1].strip() if lines else ""
     return said if said.split(":")[0].endswith(type(error).__name__) else f"{type(error).__name__}: {said}"
