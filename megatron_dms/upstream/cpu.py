@@ -1,10 +1,10 @@
-"""Megatron-LM on CPU: answers for torch.cuda where there is no CUDA device.
+"""Megatron-LM on CPU: answers for torch.cuda on a machine without a CUDA device.
 
-Megatron names the CUDA device throughout: it allocates on it, asks for streams, events, memory and random
-state. Where no such device exists, `install()` maps all that to the CPU, so that the very same `pretrain()`
-runs with gloo. On a machine with a CUDA device it refuses to do anything.
+Megatron names the CUDA device throughout: it allocates there, and asks for streams, events, memory and random
+state. On a machine without such a device, `install()` maps all of this to the CPU, so that the very same
+`pretrain()` runs with gloo. On a machine with a CUDA device `install()` refuses to do anything.
 
-Checked with megatron-core 0.19.2 and torch 2.13. Call before the first import of `megatron`:
+Call it before the first import of `megatron`:
 
     if not torch.cuda.is_available():
         cpu.install()
@@ -20,9 +20,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
-_PRETENDED_MEMORY = 1 << 34  # bytes; Megatron only prints it and divides by it
+_PRETENDED_MEMORY = 1 << 34  # bytes; Megatron only prints this number and divides by it
+_PROPERTIES = SimpleNamespace(major=9, minor=0, name="cpu", total_memory=_PRETENDED_MEMORY)
 
-# What Megatron's flags must say on CPU: gloo, no fused CUDA kernels.
+# The values that Megatron's flags must have on CPU: gloo, and no fused CUDA kernels.
 ARGUMENT_DEFAULTS: dict[str, Any] = {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -37,15 +38,15 @@ ARGUMENT_DEFAULTS: dict[str, Any] = {
 
 def installed() -> bool:
     """Whether this process runs Megatron on the CPU."""
-    return getattr(torch.cuda, "_answered_by_megatron_dms", False)
+    return torch.cuda.Stream is _InstantStream
 
 
 def install() -> None:
     """Answer for torch.cuda on a machine that has no CUDA device; a second call does nothing.
 
     Raises:
-        RuntimeError: there is a CUDA device, or megatron was imported already (it binds torch.cuda's
-            functions on import).
+        RuntimeError: there is a CUDA device, or megatron was imported already (on import it binds functions
+            of torch.cuda).
     """
     if installed():
         return
@@ -53,16 +54,15 @@ def install() -> None:
         raise RuntimeError("this machine has a CUDA device: the CPU platform must not be installed on it")
     if "megatron.core" in sys.modules:
         raise RuntimeError("the CPU platform must be installed before megatron is imported")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron's fusions are torch.compile'd for CUDA
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the arguments' validator wants it
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles its fusions for CUDA
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's checks of its arguments ask for it
     _replace_cuda_functions()
     _CudaMeansCpu().__enter__()  # stays on for the life of the process
     _replace_megatron_rng_access()
-    torch.cuda._answered_by_megatron_dms = True
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Turns every request for the CUDA device into one for the CPU."""
+    """Turn every request for the CUDA device into one for the CPU."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -117,35 +117,46 @@ def _returns(value: Any) -> Callable:
 
 
 def _replace_cuda_functions() -> None:
-    cuda = torch.cuda
-    cuda.is_available = _returns(True)
-    torch.accelerator.is_available = _returns(False)  # the data loader asks before it pins memory
-    torch.accelerator.current_accelerator = _returns(None)
-    cuda.device_count = _returns(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # one "device" per process
-    cuda.current_device = _returns(_CPU)
-    for name in ("set_device", "synchronize", "set_stream", "empty_cache", "reset_peak_memory_stats"):
-        setattr(cuda, name, _returns(None))
-    for name in ("current_stream", "default_stream", "stream"):
-        setattr(cuda, name, _returns(_InstantStream()))
-    cuda.Stream = cuda.Event = _InstantStream
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
-        setattr(cuda, name, _returns(0))
-    cuda.memory_stats = _returns({})
-    cuda.mem_get_info = _returns((_PRETENDED_MEMORY, _PRETENDED_MEMORY))
-    properties = SimpleNamespace(major=9, minor=0, name="cpu", total_memory=_PRETENDED_MEMORY)
-    cuda.get_device_properties = _returns(properties)
-    cuda.get_device_capability = _returns((properties.major, properties.minor))
-    cuda.get_device_name = _returns(properties.name)
+    for name, answer in cuda_answers().items():
+        setattr(torch.cuda, name, answer)
+    for name in ("get_rng_state", "set_rng_state"):
+        setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+    # The data loader asks for an accelerator before it pins memory.
+    for name, value in {"is_available": False, "current_accelerator": None}.items():
+        setattr(torch.accelerator, name, _returns(value))
 
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
-    for name in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte"):
-        setattr(cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+
+def cuda_answers() -> dict[str, Any]:
+    """What takes the place of each name of torch.cuda that Megatron uses."""
+    answers: dict[str, Any] = {
+        "is_available": _returns(True),
+        "device_count": _returns(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),  # one "device" per process
+        "current_device": _returns(_CPU),
+        "Stream": _InstantStream,
+        "Event": _InstantStream,
+        "memory_stats": _returns({}),
+        "mem_get_info": _returns((_PRETENDED_MEMORY, _PRETENDED_MEMORY)),
+        "get_device_properties": _returns(_PROPERTIES),
+        "get_device_capability": _returns((_PROPERTIES.major, _PROPERTIES.minor)),
+        "get_device_name": _returns(_PROPERTIES.name),
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": torch.default_generator.manual_seed,
+    }
+    for name in ("set_device", "synchronize", "set_stream", "empty_cache", "reset_peak_memory_stats"):
+        answers[name] = _returns(None)
+    for name in ("current_stream", "default_stream", "stream"):
+        answers[name] = _returns(_InstantStream())
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        answers[name] = _returns(0)
+    for kind in ("Float", "Double", "Half", "BFloat16", "Int", "Long", "Byte"):
+        answers[f"{kind}Tensor"] = getattr(torch, f"{kind}Tensor")
+    return answers
 
 
 def _replace_megatron_rng_access() -> None:
-    """Megatron's own two accessors of the CUDA generator (private names, megatron-core 0.19.2)."""
+    """Replace Megatron's own two accessors of the CUDA generator."""
     import megatron.core.tensor_parallel.random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
