@@ -1,13 +1,14 @@
-# Sourced by retrofit.sbatch and torchrun.sh: reading the env file, and printing instead of running.
+# Functions for retrofit.sbatch and torchrun.sh, which source this file: they read the env file, and print commands
+# in place of running them.
 # shellcheck shell=bash
 #
-# example.env is the one list of names: NAME= is required, #NAME=default is optional.
+# example.env is the only list of names: NAME= is required, #NAME=default is optional.
 
 ASSIGNMENT='^(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$'
 COUNTS=(NODES GPUS_PER_NODE PORT CPUS_PER_TASK SIGNAL_SECONDS PREFLIGHT_TIMEOUT)
 dry_run=
 
-# The comment at the head of the script.
+# Print the comment at the head of the script.
 usage() {
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 0
@@ -20,25 +21,25 @@ die() {
     exit 2
 }
 
-# run COMMAND...: run it, or print it.
+# run COMMAND...: run the command, or print it in a dry run.
 run() {
     if [ -n "$dry_run" ]; then show "$@"; else "$@"; fi
 }
 
-# A command as it could be typed.
+# show COMMAND...: print the command as it could be typed.
 show() {
     local words
     printf -v words '%q ' "$@"
     printf '%s\n' "${words% }"
 }
 
-# set_env NAME VALUE: export it for the run, and print that in a dry run.
+# set_env NAME VALUE: export the variable for the run, and print the export in a dry run.
 set_env() {
     export "$1=$2"
     [ -z "$dry_run" ] || printf 'export %s=%q\n' "$1" "$2"
 }
 
-# read_settings FILE: each setting becomes a shell variable; EXPORTS keeps the `export` lines as NAME=value.
+# read_settings FILE: make each setting a shell variable, and keep the `export` lines in EXPORTS as NAME=value.
 read_settings() {
     local file=$1 line number=0 start=1 pending='' name value
     local -A required=() known=() seen=()
@@ -49,7 +50,7 @@ read_settings() {
             name=${BASH_REMATCH[2]}
             known[$name]=1
             if [ -z "${BASH_REMATCH[1]}" ]; then required[$name]=1; fi
-            printf -v "$name" '%s' "${BASH_REMATCH[1]:+${BASH_REMATCH[3]}}" # not what the caller exports
+            printf -v "$name" '%s' "${BASH_REMATCH[1]:+${BASH_REMATCH[3]}}" # replaces what the caller exports
         fi
     done <"$ROOT/launch/example.env"
     while IFS= read -r line || [ -n "$line" ]; do
@@ -91,7 +92,7 @@ read_settings() {
     check_settings "$file"
 }
 
-# Values that would otherwise fail late.
+# Check the values that would otherwise fail late.
 check_settings() {
     local name
     for name in "${COUNTS[@]}"; do
@@ -103,7 +104,7 @@ check_settings() {
     read -r -a TRAINING <<<"$TRAIN_ARGS"
 }
 
-# Without blanks and one pair of quotes around.
+# Print the value without the blanks and one pair of quotes around it.
 trimmed() {
     local value=$1
     value=${value#"${value%%[![:space:]]*}"}
@@ -112,7 +113,8 @@ trimmed() {
     printf '%s' "$value"
 }
 
-# flag_value --FLAG: the word after it in TRAIN_ARGS, or after its =. The last one counts; empty without one.
+# flag_value --FLAG: print the flag's value in TRAIN_ARGS, the next word or the text after "=". The last one
+# counts; without the flag, print nothing.
 flag_value() {
     local position found=''
     for position in "${!TRAINING[@]}"; do
@@ -124,8 +126,8 @@ flag_value() {
     printf '%s' "$found"
 }
 
-# step COMMAND...: run it until its end, whatever signals come meanwhile; its status is the result. After USR1
-# or TERM (see catch_signals), `forward PID` is called five times a second until its end.
+# step COMMAND...: run the command to its end, whatever signals come meanwhile, and return its status. After USR1
+# or TERM (see catch_signals), call `forward PID` five times a second until the command ends.
 stopped=
 ignored=
 catch_signals() { trap 'stopped=yes; say "signal received"' USR1 TERM; }
@@ -141,7 +143,7 @@ step() {
         exec "$@"
     ) &
     pid=$!
-    while kill -0 "$pid" 2>/dev/null; do # looked at again and again: a single wait could miss a signal
+    while kill -0 "$pid" 2>/dev/null; do # a loop, because a single wait could miss a signal
         sleep 0.2 &
         wait $! || true # a signal ends this wait at once
         if [ -n "$stopped" ]; then forward "$pid"; fi

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Preflight and training on this node: by hand on one machine, or one task per node of launch/retrofit.sbatch.
+# Run the preflight and the training on this node: by hand on one machine, or as one task per node of
+# launch/retrofit.sbatch.
 #
 #   launch/torchrun.sh [--dry-run] [--only preflight|train] [--hosts A,B,... --node-rank R] ENV_FILE
 #
-# USR1 or TERM: the run saves at the end of its training step and ends; the same command resumes it.
-# Exit status: 0 done, or saved after a signal; 2 bad input; 3 the preflight failed; 6 the watchdog ended the
-# run; else that of the rank that failed first.
+# After USR1 or TERM the run saves at the end of its training step and ends; the same command resumes it.
+# Exit status: 0 the run is done, or it saved after a signal; 2 bad input; 3 the preflight failed; 6 the watchdog
+# ended the run; otherwise the status of the rank that failed first.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,7 +20,7 @@ while [ $# -gt 0 ]; do
         --help) usage ;;
         --dry-run) dry_run=yes ;;
         --only | --hosts | --node-rank)
-            [ $# -gt 1 ] || die "$1 wants a value"
+            [ $# -gt 1 ] || die "$1 needs a value"
             case $1 in --only) only=$2 ;; --hosts) hosts=$2 ;; --node-rank) node_rank=$2 ;; esac
             shift
             ;;
@@ -41,9 +42,9 @@ IFS=, read -r -a nodes <<<"$hosts"
 [[ $node_rank =~ ^[0-9]+$ && $node_rank -lt $NODES ]] ||
     die "--node-rank is '$node_rank'; expected 0 to $((NODES - 1))"
 
-# Each worker gets the signal once, and only when it has its handler: before that, USR1 is ignored. TERM must
-# not go to torchrun, which would end its workers 30 seconds later, saved or not.
-readonly USR1_BIT=$((1 << 9)) # in the mask of caught signals
+# Each worker gets the signal once, and only when it has its handler: before that, it ignores USR1. TERM must not go
+# to torchrun, which would end its workers 30 seconds later, saved or not.
+readonly USR1_BIT=$((1 << 9)) # the bit of USR1 in the mask of caught signals
 declare -A told=()
 forward() {
     local workers worker caught
