@@ -7,7 +7,7 @@ write and read the envelope alone, so that the bytes themselves can be streamed.
 import io
 from dataclasses import is_dataclass
 from enum import Enum
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -66,21 +66,22 @@ def envelope(sizes: torch.Size, dtype: torch.dtype) -> tuple[memoryview, int, me
     return view[: around.hole], around.skipped, view[around.hole :]
 
 
-def read_envelope(stream: BinaryIO, place: Place) -> tuple[Tensor, int]:
+def read_envelope(stream: io.IOBase, place: Place) -> tuple[Tensor, int]:
     """Read the envelope of a stored tensor.
 
     Returns:
         A tensor with the stored one's shape, type and strides, whose values are memory that was never
         touched, and the offset in the file at which its storage's bytes begin.
     """
-    view = _create_file_view(stream, place.offset, place.length)
+    # Annotated as IOBase, which torch.load does not take by its own annotation.
+    view: Any = _create_file_view(stream, place.offset, place.length)
     with skip_data():  # the values' memory is reserved only, neither read nor touched
         tensor = torch.load(view, map_location="cpu", weights_only=True)
     view.seek(0)
     return tensor, place.offset + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
 
 
-def archive_members(stream: BinaryIO) -> list[str]:
+def archive_members(stream: IO[bytes]) -> list[str]:
     """The names of the parts of what `torch.save` wrote."""
     return torch._C.PyTorchFileReader(stream).get_all_records()
 

@@ -1,11 +1,16 @@
 """A transformers model of a given class with random weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
-def model_from_config(model_class: type, config: Any, dtype: torch.dtype) -> Any:
+
+def model_from_config(
+    model_class: "type[PreTrainedModel]", config: "PretrainedConfig", dtype: torch.dtype
+) -> "PreTrainedModel":
     """Build a model of `model_class` without weights to load.
 
     transformers' public way, AutoModel.from_config, knows only classes that are registered.

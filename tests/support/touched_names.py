@@ -208,7 +208,7 @@ TOUCHES = [
     Touch("upstream/cpu.py", "torch.accelerator:is_available", BOUND, "setattr torch.accelerator"),
 ]
 
-# Public names whose undocumented signature or behaviour we rely on.
+# Signatures and behaviour that we rely on without touching a private name, and that are not documented.
 RELIED_ON = [
     Touch("upstream/megatron_arguments.py", "megatron.training.arguments:validate_args", "(args, defaults=)"),
     Touch(
@@ -284,6 +284,42 @@ RELIED_ON = [
         "formats/torch_dist.py",
         "torch.distributed.checkpoint.default_planner:create_default_global_save_plan",
         "(all_plans, rewrite_index_hints=)",
+    ),
+    Touch(
+        "training/step.py",
+        "megatron.core.pipeline_parallel.schedules:forward_step_calc_loss",
+        "source: output_tensor *= cp_group_size\n                output_tensor /= num_microbatches",
+    ),
+    Touch("training/step.py", "megatron.training.training:train", "source: args.curr_iteration = iteration"),
+    Touch(
+        "training/layout.py",
+        "megatron.core.pipeline_parallel.schedules:get_schedule_table",
+        "(num_microbatches, num_model_chunks, microbatch_group_size_per_vp_stage)",
+    ),
+    Touch(
+        "training/fused_output.py",
+        "megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
+        "source: return output_processor(\n                hidden_states=hidden_states,",
+    ),
+    Touch(
+        "training/run_log.py",
+        "megatron.training.global_vars:_set_wandb_writer",
+        "source: wandb.init(**wandb_kwargs)",
+    ),
+    Touch(
+        "data/dataset.py",
+        "megatron.training.datasets.data_samplers:MegatronPretrainingSampler",
+        "source: start_idx = self.data_parallel_rank * self.micro_batch_size",
+    ),
+    Touch(
+        "data/dataset.py",
+        "megatron.training.training:train",
+        'source: getattr(build_train_valid_test_datasets_provider, "is_distributed", False)',
+    ),
+    Touch(
+        "mcore/context_parallel.py",
+        "megatron.core.utils:get_batch_on_this_cp_rank",
+        "(batch, is_hybrid_cp, cp_group=, hybrid_cp_group_func=, use_per_sequence_balancing=)",
     ),
     *(
         Touch("upstream/cpu.py", f"torch.cuda:{name}", BOUND)

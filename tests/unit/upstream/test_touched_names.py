@@ -292,6 +292,11 @@ def test_the_table_is_complete() -> None:
     assert listed - found == set(), "in TOUCHES, and not used"
 
 
+def test_the_files_are_there() -> None:
+    """Catches: a row about a file that was moved or removed."""
+    assert {touch.file for touch in RELIED_ON if not (PACKAGE / touch.file).is_file()} == set()
+
+
 def test_they_are_touched_in_one_room() -> None:
     """hf/ is copied into exports and stands alone; inference/ derives its models from it.
 
