@@ -78,7 +78,9 @@ def read_envelope(stream: io.IOBase, place: Place) -> tuple[Tensor, int]:
     with skip_data():  # the values' memory is reserved only, neither read nor touched
         tensor = torch.load(view, map_location="cpu", weights_only=True)
     view.seek(0)
-    return tensor, place.offset + torch._C.PyTorchFileReader(view).get_record_offset("data/0")
+    reader = torch._C.PyTorchFileReader(view)
+    offset = reader.get_record_offset("data/0")  # type: ignore[attr-defined]  # torch's stub leaves it out
+    return tensor, place.offset + offset
 
 
 def archive_members(stream: IO[bytes]) -> list[str]:
