@@ -1,4 +1,4 @@
-"""What makes samples and figures: code, libraries, machine."""
+"""What made samples and figures: commit, versions of the libraries, machine."""
 
 import os
 import platform
@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def made_by(device: str = "cpu") -> dict[str, str]:
-    """The commit of this checkout, where it is one, the versions of what matters, and the machine.
+    """Return the commit of this checkout ("unknown" outside a checkout), versions, and the machine.
 
     Args:
-        device: "cpu", or one that torch sees.
+        device: "cpu", or a device that torch knows.
     """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -1,13 +1,13 @@
 """Evaluate exported DMS checkpoints.
 
-    megatron-dms evaluate cost    what an exported checkpoint's answers to a file of prompts cost
-    megatron-dms evaluate run     accuracy against cost of methods at budgets W-L-CR: samples, table, report
-    megatron-dms evaluate score   table and report again, from the samples
+    megatron-dms evaluate cost    measure what an exported checkpoint's answers to a file of prompts cost
+    megatron-dms evaluate run     compare methods at budgets W-L-CR: accuracy against cost, table, report
+    megatron-dms evaluate score   grade the samples of `run` again, without a model
 
-A DMS checkpoint's own Python files are run, as with trust_remote_code=True: evaluate only those that you
-trust. Nothing is fetched, but for `run` without --data, which asks the hub for the dataset. Progress goes to
-stderr; stdout gets a table, and JSON on the last line. Bad input: one line `error: ...` on stderr, exit
-status 2; interrupted: 130.
+The Python files of a DMS checkpoint are run, as with trust_remote_code=True: evaluate only checkpoints that
+you trust. Nothing is downloaded, except the dataset by `run` without --data. Progress goes to stderr; stdout
+gets a table, and JSON on the last line. Bad input gives one line `error: ...` on stderr and exit status 2; an
+interrupted command ends with status 130.
 """
 
 import argparse
@@ -97,38 +97,39 @@ def _list_of[T](kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 def _parser(program: str) -> Parser:
     parser = tool_parser(__doc__, PROGRAM, program)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    text = "what generating with an exported checkpoint costs; runs the Python files of the checkpoint"
+    text = "measure what generating with an exported checkpoint costs; its Python files are run"
     _add_cost(commands.add_parser("cost", help=text, description=text))
-    text = "accuracy against cost, at budgets W-L-CR: W chains of at most L tokens, at a compression ratio"
-    again = "Called again, it goes on where it stopped."
+    text = "compare methods at budgets W-L-CR: W chains of at most L tokens at a compression ratio"
+    again = "A second call goes on where the first one stopped."
     _add_run(commands.add_parser("run", help=text, description=f"{text}. {again}"))
-    text = "grade the samples of `run` again, and write table, figures and report"
+    text = "grade the samples of `run` again, and write table, figures and report again"
     score = commands.add_parser("score", help=text, description=text)
-    score.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder of `run`")
-    score.add_argument("--data", type=Path, metavar="PATH", help="where the task's data is now")
+    score.add_argument("--out", type=Path, required=True, metavar="OUT", help="the --out folder of `run`")
+    text = "where the task's data is now (default: where it was)"
+    score.add_argument("--data", type=Path, metavar="PATH", help=text)
     return parser
 
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
-    add("--task", choices=TASKS, required=True, help="docs/tasks.md says what each is")
+    add("--task", choices=TASKS, required=True, help="see docs/tasks.md")
     add("--data", type=Path, metavar="PATH", help="the task's file or folder (default: the hub)")
     add("--limit", type=_count, metavar="N", help="the first N problems (default: all)")
-    text = "of the task, such as since=2024-08-01; repeatable"
+    text = "an option of the task, such as since=2024-08-01; may be repeated"
     add("--task-option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=text)
-    text = f"some of {','.join(METHODS)}: vanilla runs the budgets of CR 1, the others those above"
+    text = f"some of {','.join(METHODS)}: vanilla runs the budgets with CR 1, the others all other budgets"
     add("--methods", type=_list_of(str), required=True, metavar="LIST", help=text)
-    text = "W-L-CR,...: chains, most generated tokens of each, compression ratio"
+    text = "W-L-CR,...: number of chains, most generated tokens of a chain, compression ratio"
     add("--budgets", type=_list_of(_budget), required=True, metavar="LIST", help=text)
-    add("--seeds", type=_list_of(_seed), default=[0], metavar="LIST", help="of sampling (default: 0)")
-    text = "plain HF checkpoint, for all methods but dms: Llama, Mistral, Qwen2, Qwen3"
+    add("--seeds", type=_list_of(_seed), default=[0], metavar="LIST", help="sampling seeds (default: 0)")
+    text = "plain HF checkpoint for all methods but dms: Llama, Mistral, Qwen2 or Qwen3"
     add("--model", type=Path, metavar="DIR", help=text)
-    text = "exported DMS checkpoint for the budgets of this CR; its Python files are run; repeatable"
+    text = "exported DMS checkpoint for the budgets with this CR; its Python files are run; may be repeated"
     add("--dms", type=_checkpoint, action="append", default=[], metavar="CR=DIR", help=text)
-    text = "0 takes the likeliest token, for one chain (default: 0.6)"
+    text = "sampling temperature; 0 takes the likeliest token, for one chain only (default: 0.6)"
     add("--temperature", type=_not_negative, metavar="X", help=text)
-    add("--top-p", type=_share, metavar="X", help="above 0, at most 1 (default: 0.95)")
-    text = "problems at a time, each with all its chains (default: %(default)s)"
+    add("--top-p", type=_share, metavar="X", help="sampling top-p, above 0, at most 1 (default: 0.95)")
+    text = "number of problems answered together, each with all its chains (default: %(default)s)"
     add("--batch-size", type=_count, default=1, metavar="N", help=text)
     add("--out", type=Path, required=True, metavar="OUT", help="folder for samples and results")
     _add_device(run)
@@ -136,29 +137,29 @@ def _add_run(run: argparse.ArgumentParser) -> None:
 
 def _add_device(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    text = "of weights and cache (default: auto, what config.json names)"
+    text = "dtype of weights and cache (default: auto, the dtype that config.json names)"
     add("--dtype", choices=DTYPES, default="auto", help=text)
-    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    text = "how a step of DMS or vanilla reads the cache; triton needs a GPU (default: %(default)s)"
+    add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if there is a GPU)")
+    text = "how a decode step of DMS or vanilla reads the cache; triton needs a GPU (default: %(default)s)"
     add("--page-attention", choices=PAGE_ATTENTION, default="torch", help=text)
 
 
 def _add_cost(cost: argparse.ArgumentParser) -> None:
     add = cost.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="exported DMS checkpoint")
-    text = 'JSONL, each line {"prompt": TEXT} or {"messages": [...]}, a chat for the tokenizer\'s template'
+    text = 'JSONL; a line is {"prompt": TEXT}, or {"messages": [...]} for the chat template of the tokenizer'
     add("--prompts", type=Path, required=True, metavar="FILE", help=text)
-    text = "most tokens to generate for each (default: %(default)s)"
+    text = "most tokens to generate for each answer (default: %(default)s)"
     add("--max-new-tokens", type=_count, default=256, metavar="N", help=text)
-    text = "answers to each prompt: 1 greedy, or several sampled (default: 1)"
+    text = "number of answers to each prompt: 1 greedy answer, or several sampled ones (default: 1)"
     add("--chains", type=_count, default=1, metavar="W", help=text)
-    add("--temperature", type=_positive, metavar="X", help="of sampling (default: 1)")
-    add("--top-p", type=_share, metavar="X", help="of sampling, above 0, at most 1 (default: 1)")
-    add("--seed", type=_seed, metavar="N", help="of sampling (default: 0)")
-    text = "prompts at a time; CR and bytes of single prompts are known at 1 only (default: 1)"
+    add("--temperature", type=_positive, metavar="X", help="sampling temperature (default: 1)")
+    add("--top-p", type=_share, metavar="X", help="sampling top-p, above 0, at most 1 (default: 1)")
+    add("--seed", type=_seed, metavar="N", help="sampling seed (default: 0)")
+    text = "number of prompts answered together; only 1 shows the CR and bytes of each (default: 1)"
     add("--batch-size", type=_count, default=1, metavar="N", help=text)
-    add("--per-head", action="store_true", help="also tables of layers and KV heads")
-    text = "new file for the figures of prompts and heads, too (default: none)"
+    add("--per-head", action="store_true", help="also print tables of layers and KV heads")
+    text = "new file for all figures, those of each prompt and head included (default: none)"
     add("--json", type=Path, metavar="FILE", help=text)
     _add_device(cost)
 
@@ -178,7 +179,6 @@ def _cost(options: argparse.Namespace) -> None:
         model = load_model(options.model, options.dtype, device, options.page_attention)
 
         from megatron_dms.evaluation import generation_cost
-        from megatron_dms.evaluation.cost_table import cost_table, head_tables
         from megatron_dms.inference.generation import pad_id
 
         counts = {name: getattr(options, name) for name in ("max_new_tokens", "chains", "batch_size")}
@@ -200,10 +200,10 @@ def _cost(options: argparse.Namespace) -> None:
         write(json.dumps({**result, "rows": rows, **heads}, indent=1, allow_nan=False) + "\n")
     if not settings["eviction"]:
         print("eviction is switched off (dms_disable_eviction): every pair is kept, CR 1")
-    print(cost_table(rows, result))
+    print(generation_cost.cost_table(rows, result))
     print("reads and pairs: means over layers and KV heads; all: sums, and of the peaks the largest")
     if heads:
-        print(f"\n{head_tables(heads['per_head'])}\n")
+        print(f"\n{generation_cost.head_tables(heads['per_head'])}\n")
     print(json.dumps(result, allow_nan=False))
 
 
@@ -217,16 +217,22 @@ def _run(options: argparse.Namespace) -> None:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"{name} is given twice for the same name")
 
-    from megatron_dms.evaluation import evaluation_run
+    from megatron_dms.evaluation.evaluation_run import EvaluationRun, Models, TaskChoice
+    from megatron_dms.evaluation.runner import run_evaluation
     from megatron_dms.inference.generation import Sampling
 
-    models = evaluation_run.Models(
-        options.model, dict(options.dms), options.dtype, options.device, options.page_attention
-    )
-    choice = evaluation_run.TaskChoice(options.task, _data(options), options.limit, dict(options.task_option))
     given = {name: value for name in _RUN_SAMPLING if (value := getattr(options, name)) is not None}
-    sampling = Sampling(**_RUN_SAMPLING | given)
-    evaluation_run.generate(runs, choice, models, sampling, options.batch_size, options.out, say)
+    asked = EvaluationRun(
+        runs=runs,
+        task=TaskChoice(options.task, _data(options), options.limit, dict(options.task_option)),
+        models=Models(
+            options.model, dict(options.dms), options.dtype, options.device, options.page_attention
+        ),
+        sampling=Sampling(**_RUN_SAMPLING | given),
+        batch_size=options.batch_size,
+        out=options.out,
+    )
+    run_evaluation(asked, say)
     _score(options)
 
 
@@ -245,7 +251,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
-    """Run one command; the return value is the exit status."""
+    """Run one command and return the exit status."""
     options = _parser(program).parse_args(argv)
     try:
         {"cost": _cost, "run": _run, "score": _score}[options.command](options)

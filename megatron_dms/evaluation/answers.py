@@ -1,10 +1,10 @@
-r"""Answers found in generated text, and when two of them are the same.
+r"""Find answers in generated text, and tell when two answers are the same.
 
-Mathematics goes through Math-Verify (`pip install math-verify`; checked on 0.9.0). Its time limits are alarm
-signals: `math_answer`, `math_gold` and `math_equal` run in the main thread only (ValueError elsewhere), and
-drop an alarm that the caller has set. A comparison that runs into its limit counts as unequal.
+Mathematics goes through Math-Verify (`pip install math-verify`; checked with 0.9.0). Its time limits are
+alarm signals: `math_answer`, `math_gold` and `math_equal` run in the main thread only (ValueError elsewhere)
+and drop an alarm that the caller has set. A comparison that exceeds its time limit counts as unequal.
 
-Throughout, None is "no answer".
+Throughout, None means "no answer".
 """
 
 import re
@@ -13,20 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\[{}]|[{}]")
-# Digits in groups of three by LaTeX spaces, which Math-Verify reads as 1 + 234 or 1 * 0.
+# Digits in groups of three, separated by LaTeX spaces: Math-Verify would read them as 1 + 234 or 1 * 0.
 _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\\[,;: ]|\{,\}|\{\\,\}|~| )\d{3})+(?!\d)")
 
 
 @dataclass(frozen=True)
 class MathAnswer:
-    """As text and as Math-Verify's parse of it: a sympy object where it is one, and a string."""
+    """An answer as text and as Math-Verify parsed it: a sympy object (if the text is a formula) and a
+    string."""
 
     text: str
     parsed: tuple[Any, ...]
 
 
 def _boxes(text: str) -> list[tuple[int, str]]:
-    """Start and content of every complete box, by start. One pass, as text that went wrong repeats itself."""
+    """Return start and content of every complete box, sorted by start.
+
+    The text is read in one pass: text that went wrong may repeat a box very often.
+    """
     boxes: list[tuple[int, str]] = []
     opened: list[re.Match[str]] = []
     for brace in _BRACES.finditer(text):
@@ -40,24 +44,27 @@ def _boxes(text: str) -> list[tuple[int, str]]:
 
 
 def last_box(text: str) -> str | None:
-    r"""What the last complete \boxed{...} or \fbox{...} holds, stripped; its braces may be nested.
+    r"""Return the content of the last complete \boxed{...} or \fbox{...}, stripped; braces may be nested.
 
-    Of several boxes only the last one counts, even if it is empty (""). One that is never closed, as
-    where the text was cut, is none.
+    Of several boxes only the last one counts, even if it is empty (""). A box that is never closed does not
+    count, for example where the text was cut.
     """
     return max(_boxes(text), default=(0, None))[1]
 
 
 def math_answer(text: str, seconds: int = 5) -> MathAnswer | None:
-    r"""The answer of a generated text: the last box; without one, what Math-Verify takes for the answer
-    (formulas and numbers, those after "answer" first, then the last).
+    r"""Return the answer of a generated text.
+
+    The last box is the answer. Without a box, Math-Verify chooses: a formula or number after the word
+    "answer", or else the last formula or number.
 
     Args:
-        text: after the reasoning or with it.
-        seconds: the parser's limit. A box that it cannot read still counts, as text equal to itself only.
+        text: with or without the reasoning.
+        seconds: time limit of the parser. A box that the parser cannot read still counts, as a text that is
+            equal to itself only.
 
     Returns:
-        None without a box or formula or number, and with an empty box.
+        the answer; None if the text has no box, formula or number, or if the box is empty.
     """
     box = last_box(text)
     if box is not None:
@@ -67,10 +74,11 @@ def math_answer(text: str, seconds: int = 5) -> MathAnswer | None:
 
 
 def math_gold(text: str, seconds: int = 5) -> MathAnswer:
-    r"""A data set's answer. Without a box the whole text is the answer, with or without $...$ around it.
+    r"""Return the answer of a data set. Without a box, the whole text is the answer; $...$ around it is
+    dropped.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: the answer is empty.
     """
     box = last_box(text)
     if box is None:
@@ -98,11 +106,12 @@ def _parse(text: str, seconds: int) -> tuple[Any, ...]:
 def math_equal(gold: MathAnswer, answer: MathAnswer, seconds: int = 5) -> bool:
     """Whether `answer` is right, given `gold`.
 
-    Math-Verify's rules: numbers to 6 decimals, 50% is both 50 and 0.5, units are dropped, order in a list
-    does not matter, "x = 5" is 5; an interval answers a gold inequality, but not the other way round.
+    Math-Verify's rules: numbers are compared to 6 decimals, 50% is both 50 and 0.5, units are dropped, the
+    order of a list does not matter, and "x = 5" is 5. An interval answers a gold inequality; an inequality
+    does not answer a gold interval.
 
     Args:
-        seconds: for each of up to four comparisons (of parses and strings).
+        seconds: time limit of each of up to four comparisons (of parsed answers and strings).
     """
     from math_verify import verify
 
@@ -114,17 +123,17 @@ def math_equal(gold: MathAnswer, answer: MathAnswer, seconds: int = 5) -> bool:
 def answer_classes[T](
     answers: Sequence[T | None], equal: Callable[[T, T], bool] = lambda a, b: a == b
 ) -> list[int | None]:
-    """Number the classes of equal answers, for a vote: with `math_equal` for mathematics.
+    """Number the classes of equal answers, for a vote. For mathematics, `equal` is `math_equal`.
 
-    Two answers fall into one class if `equal` says so in either order, or if a chain of such pairs joins
-    them: equality to 6 decimals, or of percentages, is not transitive. So the classes do not depend on the
-        order.
+    Two answers are in one class if `equal` says so in either order, or if a sequence of such pairs joins
+    them: equality to 6 decimals is not transitive, nor is equality of percentages. So the classes do not
+    depend on the order of the answers.
 
     Args:
-        answers: of a problem's chains.
+        answers: the answers of a problem's chains.
 
     Returns:
-        for each answer the index of the first one of its class; None for None.
+        for each answer the index of the first answer in its class; None for None.
     """
     classes: list[int | None] = []
     for index, answer in enumerate(answers):
@@ -143,13 +152,13 @@ def answer_classes[T](
     return classes
 
 
-# At the end of a box: degrees, or words in \text that do not change the number.
+# The end of a box: degrees, or words in \text that do not change the number.
 _UNIT = re.compile(
     r"(?:°|\\degree|\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\(?:text|textrm|mathrm)\s*\{"
     r"(?!\s*(?:hundred|thousand|million|dozen|percent|mod|or|and|to)\b)[A-Za-z /.]+\}"
     r"(?:\s*\^\s*(?:\d|\{\d\}))?)\s*\$?$"
 )
-# Possessive quantifiers: runs of stars or spaces are read once, in one way.
+# The quantifiers are possessive, so runs of stars or spaces are read once and in one way.
 _OPEN = r"(?:[*_$(\[\s]|\\\(|\\(?:text\w*+|math\w*+)\s*+\{)*+"
 _STATED = (
     r"(?i:\b(?:answer|option|choice)[*_]*+\s*+(?:(?:is|would be|must be|should be)\b\s*+:?|[:=])[*_]*+\s*+"
@@ -158,17 +167,18 @@ _STATED = (
 
 
 def choice_letter(text: str, letters: str = "ABCD") -> str | None:
-    r"""The letter that a multiple choice question is answered with; capitals only.
+    r"""Return the letter that a text gives as its answer to a multiple choice question; only capitals count.
 
     Explicit statements come first: \boxed{C}, "the answer is (C)", "Answer: **C**", "correct option: C"; the
-    last one wins. Without any, the last letter that stands alone in bold (**C**, **(C) 42**) or on a line of
-    its own. "A" followed by a word is the article; a letter followed by "or B", "and B" is no choice.
+    last statement wins. Without a statement, the answer is the last letter that stands alone in bold (**C**,
+    **(C) 42**) or on a line of its own. "A" followed by a word is the article; a letter followed by "or B" or
+    "and B" is not a choice.
     """
     letter = rf"([{re.escape(letters)}])(?![\w'’+-])(?![ \t]+(?!because\b|since\b|as\b)(?<=A[ \t])\w)"
     letter += rf"(?!\W*\s(?:or|and)\W+(?:(?i:option|choice)\s+)?[{re.escape(letters)}]\b)"
     stated = [(found.start(), found[1]) for found in re.finditer(_STATED + _OPEN + letter, text)]
     for start, content in _boxes(text):
-        # It may hold the option's text too, "(C) 42" or "C. 42", but is no formula such as C_5 or C+1.
+        # The box may hold the option's text too, "(C) 42" or "C. 42", but not a formula such as C_5 or C+1.
         inside = re.match(_OPEN + letter + r"\s*+\}*+\s*+(?:$|[).:\]},])", content)
         if inside:
             stated.append((start, inside[1]))
@@ -180,20 +190,22 @@ def choice_letter(text: str, letters: str = "ABCD") -> str | None:
 
 
 def integer_answer(text: str, low: int = 0, high: int = 999) -> int | None:
-    r"""A whole number in the last box, or without a box after the last "answer is" or "answer:".
+    r"""Return the whole number that a text gives as its answer.
 
-    Exact, as AIME's answers are (0 to 999): leading zeros are allowed, and so are zeros after the decimal
-    point, degrees, and a unit in \text{...} at the end; of an equation what follows the last "=" counts. Any
-    other decimal, a fraction, an inequality or several numbers are no answer. A number that is merely
-    mentioned is none either: in a vote over chains that were cut off, such numbers would outvote the answers.
+    The number stands in the last box or, without a box, after the last "answer is" or "answer:". It is read
+    exactly, as AIME's answers (0 to 999) require. Leading zeros are allowed, and so are zeros after the
+    decimal point, degrees, and a unit in \text{...} at the end; of an equation, the part after the last "="
+    counts. Any other decimal, a fraction, an inequality or several numbers are not an answer. A number that
+    is merely mentioned is not an answer either: in a vote over chains that were cut off, such numbers would
+    outvote the answers.
 
     Returns:
-        None as well if the number is not within `low` to `high`.
+        the number; None if there is no answer, or if the number is not within `low` to `high`.
     """
     content = last_box(text)
     if content is None:
-        number = r"(?:[*_$\s]|\\\(|\\\[)*(-?[\d,]*\d(?:\.0+)?)(?![\d\w]|[.,/%]\d|\^(?!\s*\{?\s*\\circ))"
-        found = re.findall(r"(?i:\banswer)[*_]*\s*(?:is\b:?|[:=])" + number, text)
+        stated = r"(?:[*_$\s]|\\\(|\\\[)*(-?[\d,]*\d(?:\.0+)?)(?![\d\w]|[.,/%]\d|\^(?!\s*\{?\s*\\circ))"
+        found = re.findall(r"(?i:\banswer)[*_]*\s*(?:is\b:?|[:=])" + stated, text)
         content = found[-1] if found else ""
     content = _UNIT.sub("", content)
     content = re.sub(r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}|[$\s~]|\\[,!;: ]|\{,\}", r"\1", content)

@@ -1,4 +1,4 @@
-"""Budgets W-L-CR: W chains of at most L generated tokens each, at a compression ratio; and who runs which.
+"""Budgets W-L-CR: W chains of at most L generated tokens at a compression ratio; and which method runs which.
 
 Imports nothing heavy.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_dms.inference.baselines import METHODS as PLAIN_METHODS
 
 METHODS = ("dms", *PLAIN_METHODS)
-# A CR of no more digits than `str` shows: two budgets never share a file.
+# The CR has no more digits than `str` shows, so two budgets never share a file.
 _BUDGET = re.compile(r"([1-9]\d{0,8})-([1-9]\d{0,8})-([1-9]\d{0,2}(?:\.\d{1,3})?)", re.ASCII)
 _RUN = re.compile(r"([a-z0-9]+)-(.+)-seed(0|[1-9]\d*)", re.ASCII)
 
@@ -20,18 +20,18 @@ class Budget:
     """The paper's W-L-CR."""
 
     chains: int
-    """W, sampled from one prompt."""
+    """W: number of chains sampled from one prompt."""
     length: int
-    """L, in generated tokens of a chain; the prompt is not counted."""
+    """L: most generated tokens of a chain, without the prompt."""
     cr: float
-    """Compression ratio asked for; 1 keeps every pair."""
+    """Compression ratio that is asked for; 1 keeps every pair."""
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """From "4-8192-8".
+        """Read a budget such as "4-8192-8".
 
         Raises:
-            ValueError: it does not have that form.
+            ValueError: the text does not have that form.
         """
         match = _BUDGET.fullmatch(text.strip())
         if match is None:
@@ -47,7 +47,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Run:
-    """One method at one budget with one seed: a file of samples."""
+    """One method at one budget with one seed; it has a file of samples of its own."""
 
     method: str
     budget: Budget
@@ -58,10 +58,10 @@ class Run:
 
     @classmethod
     def parse(cls, text: str) -> "Run":
-        """From what `str` gives.
+        """Read a run from the text that `str` gives.
 
         Raises:
-            ValueError: it does not have that form.
+            ValueError: the text does not have that form.
         """
         match = _RUN.fullmatch(text)
         if match is None or match[1] not in METHODS:
@@ -70,15 +70,15 @@ class Run:
 
     @property
     def place(self) -> tuple[int, Budget, int]:
-        """To sort by: methods as in METHODS, budgets and seeds as numbers."""
+        """The sort key: methods in the order of METHODS, then budgets and seeds as numbers."""
         return METHODS.index(self.method), self.budget, self.seed
 
 
 def plan(methods: Sequence[str], budgets: Sequence[Budget], seeds: Sequence[int]) -> list[Run]:
-    """Who runs what: vanilla the budgets of CR 1, all others those above.
+    """Return all runs: vanilla at the budgets with CR 1, the other methods at all other budgets.
 
     Raises:
-        ValueError: an unknown method; something is named twice; a method or a budget has nothing to run.
+        ValueError: a method is unknown; something is named twice; a method or a budget has nothing to run.
     """
     for name, values in (("method", methods), ("budget", budgets), ("seed", seeds)):
         twice = [str(value) for i, value in enumerate(values) if value in values[:i]]

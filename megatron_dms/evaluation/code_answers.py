@@ -1,11 +1,11 @@
-"""Generated Python programs run against tests, each test in a process of its own under limits.
+"""Run generated Python programs against tests, each test in a process of its own under limits.
 
-What this does NOT protect against: it is no sandbox. The program runs as the same user, sees the file system
-and the network, and can read, change or delete whatever that user can; it can leave its process group
-(setsid) and outlive its time; it can write many files, each within the limit; it can forge a result. The
-limits stop accidents: endless loops, runaway memory and output, fork bombs (not those of root, whom the
-kernel does not bound). Run programs of a model you do not trust in a container without network and without
-anything of value.
+What this does NOT protect against: it is not a sandbox. The program runs as the same user and sees the file
+system and the network. It can read, change or delete whatever that user can; it can leave its process group
+(setsid) and outlive its time limit; it can write many files, each within the limit; it can forge a result.
+The limits stop accidents: endless loops, too much memory or output, and fork bombs (but not of root, whom the
+kernel does not limit). If you do not trust a model, run its programs in a container without network and
+without anything of value.
 
 Linux only.
 """
@@ -29,7 +29,7 @@ from typing import IO, Any
 
 from megatron_dms.evaluation import code_driver
 
-# Within a block no line begins with a fence: one that does opens another block, and the first was cut.
+# No line within a block begins with a fence: such a line opens another block, and the first block was cut.
 _FENCE = re.compile(
     r"^[ \t]*```[ \t]*([\w+-]*)[^\n`]*\n((?:(?![ \t]*```)[^\n]*\n)*)[ \t]*```[ \t\r]*$", re.MULTILINE
 )
@@ -38,6 +38,8 @@ _DETAIL_CHARACTERS = 2000
 
 
 class Verdict(StrEnum):
+    """How a program did on a test."""
+
     PASSED = "passed"
     WRONG_ANSWER = "wrong answer"
     RUNTIME_ERROR = "runtime error"
@@ -48,22 +50,25 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one test."""
+    """Limits of one test."""
 
     wall_seconds: float = 12.0
     cpu_seconds: int = 6
     memory_bytes: int = 2 << 30
-    """Of address space, so more than what is used; a MemoryError beyond it."""
+    """Limit of the address space, which is larger than the memory in use; beyond it is a MemoryError."""
     file_bytes: int = 16 << 20
-    """Of each file written, standard output and standard error included."""
+    """Limit of each file that is written, standard output and standard error included."""
     processes: int = 4096
-    """RLIMIT_NPROC counts all processes and threads of this user on the machine, and does not bind root."""
+    """RLIMIT_NPROC counts all processes and threads of this user on the machine. It does not limit root."""
 
 
 @dataclass(frozen=True)
 class StdinTest:
-    """Standard output is compared line by line, white space at the ends of lines and of the whole aside;
-    lines that differ may still agree as decimal numbers (1.0 and 1.00), exactly."""
+    """A program that reads standard input and writes standard output.
+
+    The output is compared line by line, without white space at the ends of lines and of the whole output.
+    Lines with different texts are equal if their words are equal decimal numbers (1.0 and 1.00).
+    """
 
     stdin: str
     stdout: str
@@ -71,8 +76,10 @@ class StdinTest:
 
 @dataclass(frozen=True)
 class CallTest:
-    """`function(*arguments) == expected`, of class Solution where that has it. All are JSON values, and
-    results are compared as JSON (a tuple is a list), numbers exactly."""
+    """A function, or a method of class Solution, for which `function(*arguments) == expected` must hold.
+
+    All values are JSON values. Results are compared as JSON (a tuple is a list), and numbers exactly.
+    """
 
     function: str
     arguments: Sequence[Any]
@@ -81,17 +88,19 @@ class CallTest:
 
 @dataclass(frozen=True)
 class Result:
+    """How a program did on all tests."""
+
     verdict: Verdict
     failed_test: int | None = None
-    """Index of the first test that did not pass; the rest are not run."""
+    """Index of the first test that did not pass; later tests are not run."""
     detail: str = ""
-    """The end of standard error, or what was printed or returned instead."""
+    """The end of standard error, or what the program printed or returned instead."""
 
 
 def extract_code(text: str) -> str | None:
-    """The last fenced block tagged python (python3, py); without any, the last untagged one.
+    """Return the last fenced block tagged python (python3, py), or else the last block without a tag.
 
-    A block that is never closed, as where the text was cut, is none.
+    A block that is never closed does not count, for example where the text was cut.
     """
     blocks = [(tag.lower(), textwrap.dedent(body)) for tag, body in _FENCE.findall(text)]
     tagged = [body for tag, body in blocks if tag in _PYTHON_TAGS]
@@ -108,10 +117,10 @@ def check_code(
     """Run the program in a generated text against all tests, until one fails.
 
     Args:
-        text: holds the program as `extract_code` finds it.
+        text: holds the program where `extract_code` finds it.
         tests: at least one.
-        limits: of each test.
-        python: the interpreter; the program can import what that one has installed.
+        limits: the limits of each test.
+        python: the interpreter; the program can import whatever is installed for this interpreter.
 
     Raises:
         ValueError: there are no tests.
@@ -136,7 +145,7 @@ def _run_test(code: str, test: StdinTest | CallTest, limits: Limits, python: str
         tempfile.TemporaryFile() as stderr,
     ):
         folder = Path(name)
-        # A lone surrogate in generated text has no UTF-8; the program then fails to compile, as it should.
+        # A lone surrogate in generated text has no UTF-8 form; such a program fails to compile, as it should.
         (folder / "program.py").write_bytes(code.encode("utf-8", "surrogatepass"))
         if isinstance(test, CallTest):
             call = {"function": test.function, "arguments": list(test.arguments)}
@@ -167,7 +176,7 @@ def _run_test(code: str, test: StdinTest | CallTest, limits: Limits, python: str
 def _run(
     folder: Path, limits: Limits, python: str, stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes]
 ) -> int | None:
-    """Exit status, negative for a signal; None if the wall time ran out."""
+    """Return the exit status, negative for a signal; None if the wall time ran out."""
     resources = {
         "CPU": limits.cpu_seconds,
         "AS": limits.memory_bytes,
@@ -178,7 +187,7 @@ def _run(
     child = subprocess.Popen(
         [python, "-I", "-B", code_driver.__file__, json.dumps(resources)],
         cwd=folder,
-        # One thread: each one of BLAS reserves address space.
+        # One thread, because each thread of BLAS reserves address space.
         env={"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "OPENBLAS_NUM_THREADS": "1"},
         stdin=stdin,
         stdout=stdout,
@@ -187,7 +196,7 @@ def _run(
     )
     deadline = time.monotonic() + limits.wall_seconds
     try:
-        # Waiting without reaping: as long as the leader is not reaped, the group's number is not used again.
+        # Wait without reaping: until the leader is reaped, the number of its group is not used again.
         ended = select.poll()
         handle = os.pidfd_open(child.pid)
         try:

@@ -1,20 +1,20 @@
-"""Runs one generated program under limits: the child of code_answers.py, started as `python -I` with this
-file.
+"""Run one generated program under limits: code_answers.py starts this file with `python -I`.
 
-It must not import the package: all that it needs is in the folder that it is started in.
+This file must not import the package: everything that it needs is in the folder that it is started in.
 """
 
 import json
 import os
 import resource
 import sys
+from typing import Any
 
 MEMORY_EXIT = 97
-"""Exit status that says that the program ran out of memory."""
+"""Exit status of a program that ran out of memory."""
 _RECURSION_LIMIT = 50_000
-# Names that data sets of programming tasks presume, among them the types in signatures such as List[int].
-# Of names that several modules have the last one counts: the classes of collections over typing's, built-ins
-# over math's pow, which takes no modulus, and modules over functions of their name, such as bisect.
+# Names that data sets of programming tasks take for granted, such as the types in signatures (List[int]).
+# If several modules have a name, the last import counts: the classes of collections replace typing's, the
+# built-in pow replaces math's, which takes no modulus, and modules replace functions of their name (bisect).
 _PRELUDE = """
 from typing import *
 from bisect import *
@@ -37,7 +37,8 @@ import statistics, string, sys, typing
 
 
 def set_limits(limits: dict[str, int]) -> None:
-    """Soft limits as given; a CPU second more until the kernel kills what ignores SIGXCPU."""
+    """Set soft limits. The hard limit of CPU time is one second more: then the kernel kills a program that
+    ignores SIGXCPU."""
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
@@ -47,7 +48,8 @@ def set_limits(limits: dict[str, int]) -> None:
 
 
 def main() -> None:
-    """Arguments: the limits as JSON. The program is program.py; call.json, if any, names what to call."""
+    """Run program.py under the limits in the first argument (JSON). If there is a call.json, call what it
+    names."""
     set_limits(json.loads(sys.argv[1]))
     sys.argv = ["program.py"]
     sys.setrecursionlimit(_RECURSION_LIMIT)
@@ -57,7 +59,7 @@ def main() -> None:
             call = json.load(file)
     with open("program.py", encoding="utf-8") as file:
         source = file.read()
-    names = {"__name__": "__main__" if call is None else "program"}
+    names: dict[str, Any] = {"__name__": "__main__" if call is None else "program"}
     try:
         exec(_PRELUDE, names)
         exec(compile(source, "program.py", "exec"), names)

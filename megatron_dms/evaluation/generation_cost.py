@@ -1,56 +1,73 @@
-"""What generating with an exported DMS model costs, by prompt, in all, and by layer and KV head.
+"""What generating with an exported DMS model costs: for each prompt, in total, and by layer and KV head.
 
-All figures come from `model.last_kv_stats` (KVStats in megatron_dms/hf/stats_dms.py), one for each batch.
-Reads and pairs are means over layers and KV heads; "dense" is the same text with every pair kept.
+All figures come from `model.last_kv_stats` (KVStats in megatron_dms/hf/stats_dms.py), which describes one
+batch. Reads and pairs are means over layers and KV heads; "dense" says what the same text costs with every
+pair kept.
 
 Shapes: L layers, G KV heads.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from megatron_dms.evaluation.statistics import compression_ratio
-from megatron_dms.inference.generation import Sampling, check_prompts, end_texts_only, generate
+from megatron_dms.evaluation.progress import Progress
+from megatron_dms.evaluation.statistics import compression_ratio, decisions
+from megatron_dms.inference.generation import Sampling, answer_prompts, check_prompts, end_texts_only
+from megatron_dms.text_table import RULE, text_table
 
 PER_HEAD = ("evicted_fraction_per_head", "kv_reads_per_head", "peak_tokens_per_head")
-_SECONDS_BETWEEN_LINES = 5.0
+_COLUMNS = (  # heading, name in the rows, format
+    ("tokens", "prompt_tokens", "d"),
+    ("generated", "generated_tokens", "d"),
+    ("CR", "achieved_cr", ".2f"),
+    ("KV reads", "kv_reads", ".1f"),
+    ("dense", "dense_kv_reads", "d"),
+    ("peak pairs", "peak_tokens", ".1f"),
+    ("dense", "dense_peak_tokens", "d"),
+    ("peak bytes", "peak_bytes", "d"),
+    ("dense", "dense_bytes", "d"),
+)
+_HEAD_TABLES = (  # name, heading, format
+    ("achieved_cr", "achieved CR", ".2f"),
+    ("kv_reads", "KV reads, all sequences", ".1f"),
+    ("peak_tokens", "peak live pairs, mean of the sequences", ".1f"),
+)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are generated: one greedily, or several by sampling."""
+    """How answers are generated: one greedy answer, or several sampled ones."""
 
     max_new_tokens: int
     chains: int = 1
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     batch_size: int = 1
-    """Prompts at a time, each with all its chains."""
+    """Number of prompts that are answered together, each with all its chains."""
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt with all its chains."""
+class PromptCost:
+    """What one prompt costs with all its chains."""
 
     line: int
-    """Of the file of prompts."""
+    """Line of the prompt in its file."""
     prompt_tokens: int
     generated_tokens: int
     evicted_fraction: float | None
-    """Of all pairs; None where the prompt shared a batch, for which alone it is known."""
+    """Evicted share of all pairs. None if the prompt shared a batch: the share is known of whole batches."""
     kv_reads: float
     dense_kv_reads: int
     peak_tokens: float
-    """The chains' peaks add up: they are held together until the last one ends."""
+    """Sum of the chains' peaks: all chains are held together until the last one ends."""
     dense_peak_tokens: int
     peak_bytes: int | None
-    """Allocated for keys and values; None as above."""
+    """Allocated for keys and values. None if the prompt shared a batch."""
     dense_bytes: int | None
 
     @property
@@ -60,15 +77,15 @@ class Row:
 
 @dataclass(frozen=True)
 class BatchCost:
-    """One call of `generate`."""
+    """What one batch of prompts costs."""
 
     lines: list[int]
     prompt_tokens: list[int]
     chains: int
     lag: int
-    """In tokens, the model's: a sequence's first `lag` tokens carry no decision."""
+    """The model's lag in tokens: the first `lag` tokens of a sequence carry no decision."""
     stats: dict[str, Any]
-    """KVStats as a dict; in its lists, the chains of a prompt follow each other."""
+    """KVStats as a dictionary; in its lists, the chains of a prompt follow each other."""
 
     @property
     def sequences(self) -> int:
@@ -76,11 +93,11 @@ class BatchCost:
 
     @property
     def decided(self) -> int:
-        """Decisions in each head."""
-        return sum(max(seen - self.lag, 0) for seen in self.stats["tokens_seen"])
+        """Number of decisions in each KV head."""
+        return decisions(self.stats["tokens_seen"], self.lag)
 
-    def rows(self) -> list[Row]:
-        """One for each prompt."""
+    def costs(self) -> list[PromptCost]:
+        """Return the cost of each prompt."""
         alone = len(self.prompt_tokens) == 1
         sums = {
             name: [
@@ -90,7 +107,7 @@ class BatchCost:
             if name in ("generated_tokens", "kv_reads", "dense_kv_reads", "peak_tokens", "tokens_seen")
         }
         return [
-            Row(
+            PromptCost(
                 line=self.lines[i],
                 prompt_tokens=self.prompt_tokens[i],
                 generated_tokens=sums["generated_tokens"][i],
@@ -114,30 +131,31 @@ def measure(
     say: Callable[[str], None],
     needed: Sequence[str] = (),
 ) -> list[BatchCost]:
-    """Answer all prompts.
+    """Answer all prompts, and return the cost of each batch.
 
     Args:
         model: an exported DMS model.
-        prompts: line and token ids of each.
+        prompts: line number and token ids of each prompt.
         pad_id: any token id; padding is masked.
         say: gets a line of progress now and then.
         needed: figures that last_kv_stats must have; PER_HEAD for `per_head`.
 
     Raises:
-        ValueError: a prompt with its answer is longer than the model's positions; a token that the model does
-            not have; out of memory; a needed figure is missing, because the export is of an earlier version.
+        ValueError: a prompt with its answer is longer than the model's positions; a prompt has a token that
+            the model lacks; the device is out of memory; a needed figure is missing, because an earlier
+            version made the export.
     """
     check_prompts(model, [ids for _, ids in prompts], generation.max_new_tokens)
     end_texts_only(model)
     greedily = generation.chains == 1
     sampling = Sampling(0.0 if greedily else generation.temperature, generation.top_p)
     torch.manual_seed(generation.seed)
-    begin = last = time.monotonic()
+    progress = Progress(say, len(prompts), "prompts")
     found: list[BatchCost] = []
     for start in range(0, len(prompts), generation.batch_size):
         batch = prompts[start : start + generation.batch_size]
         ids = [ids for _, ids in batch]
-        generate(model, ids, generation.chains, generation.max_new_tokens, sampling, pad_id)
+        answer_prompts(model, ids, generation.chains, generation.max_new_tokens, sampling, pad_id)
         stats = model.last_kv_stats.to_dict(per_head=True)
         missing = [name for name in needed if name not in stats]
         if missing:
@@ -151,33 +169,32 @@ def measure(
                 stats=stats,
             )
         )
-        now, done = time.monotonic(), start + len(batch)
-        if now - last >= _SECONDS_BETWEEN_LINES and done < len(prompts):
-            last = now
-            left = (now - begin) * (len(prompts) / done - 1)
-            say(f"{done} of {len(prompts)} prompts, {now - begin:.0f} s, about {left:.0f} s left")
+        progress.reached(start + len(batch))
     return found
 
 
 def totals(batches: Sequence[BatchCost]) -> dict[str, Any]:
-    """Sums over all prompts; of peaks the largest, of a prompt in pairs and of a batch in bytes."""
-    rows = [row for batch in batches for row in batch.rows()]
+    """Return the figures of all prompts together.
+
+    Counts and reads are sums. Peaks are the largest ones: of a prompt for pairs, of a batch for bytes.
+    """
+    costs = [cost for batch in batches for cost in batch.costs()]
     fraction = _mean([batch.stats["evicted_fraction"] for batch in batches], [b.decided for b in batches])
     sums = ("prompt_tokens", "generated_tokens", "kv_reads", "dense_kv_reads")
     peaks = ("peak_tokens", "dense_peak_tokens")
     of_batches = ("peak_bytes", "peak_bookkeeping_bytes", "dense_bytes")
     return {
-        "prompts": len(rows),
+        "prompts": len(costs),
         "achieved_cr": compression_ratio(fraction),
         "evicted_fraction": fraction,
-        **{name: sum(getattr(row, name) for row in rows) for name in sums},
-        **{name: max(getattr(row, name) for row in rows) for name in peaks},
+        **{name: sum(getattr(cost, name) for cost in costs) for name in sums},
+        **{name: max(getattr(cost, name) for cost in costs) for name in peaks},
         **{name: max(batch.stats[name] for batch in batches) for name in of_batches},
     }
 
 
 def per_head(batches: Sequence[BatchCost]) -> dict[str, list[list[Any]]]:
-    """[L][G] tables: the CR over all pairs, KV reads of all sequences, peak pairs as their mean."""
+    """Return [L][G] tables: the CR over all pairs, the sum of KV reads, the mean peak of the sequences."""
     evicted, reads, peaks = (
         torch.tensor([batch.stats[name] for batch in batches], dtype=torch.float64) for name in PER_HEAD
     )
@@ -192,10 +209,43 @@ def per_head(batches: Sequence[BatchCost]) -> dict[str, list[list[Any]]]:
 
 
 def _mean(values: Any, weights: list[int]) -> Any:
-    """Over the first dimension; 0 where there is nothing to weigh."""
+    """Return the weighted mean over the first dimension; 0 if all weights are 0."""
     parts = (value * weight for value, weight in zip(values, weights, strict=True))
     return sum(parts) / max(sum(weights), 1)
 
 
 def rows_as_json(batches: Sequence[BatchCost]) -> list[dict[str, Any]]:
-    return [asdict(row) | {"achieved_cr": row.achieved_cr} for batch in batches for row in batch.rows()]
+    """Return the cost of each prompt as it goes into JSON."""
+    return [asdict(cost) | {"achieved_cr": cost.achieved_cr} for batch in batches for cost in batch.costs()]
+
+
+def cost_table(rows: Sequence[Mapping[str, Any]], total: Mapping[str, Any]) -> str:
+    """Return a table with one line for each prompt and one line for all prompts.
+
+    Args:
+        rows: as `rows_as_json` returns them.
+        total: as `totals` returns it.
+    """
+    head = ["line", *(heading for heading, _, _ in _COLUMNS)]
+    lines = [_cells(str(row["line"]), row) for row in rows]
+    return text_table([head, RULE, *lines, RULE, _cells("all", total)])
+
+
+def _cells(label: str, row: Mapping[str, Any]) -> list[str]:
+    return [label, *(_cell(row[name], form) for _, name, form in _COLUMNS)]
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def head_tables(tables: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
+    """Return a table of layers and KV heads for each figure that `per_head` returns."""
+    texts = []
+    for name, heading, form in _HEAD_TABLES:
+        heads = [f"head {head}" for head in range(len(tables[name][0]))]
+        lines = [
+            [str(layer), *(_cell(value, form) for value in row)] for layer, row in enumerate(tables[name])
+        ]
+        texts.append(f"{heading}\n" + text_table([["layer", *heads], *lines]))
+    return "\n\n".join(texts)

@@ -10,17 +10,17 @@ from typing import Literal, NamedTuple
 
 class Point(NamedTuple):
     cost: float
-    """Above 0; less is better."""
+    """Above 0; a lower cost is better."""
     accuracy: float
-    """More is better."""
+    """A higher accuracy is better."""
     label: str = ""
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """The points that none other beats, by rising cost and (strictly) rising accuracy.
+    """Return the points that no other point beats, by rising cost and (strictly) rising accuracy.
 
-    A point is beaten by one that is no worse in both respects and better in one. Of points equal in both only
-    the first given stays.
+    A point is beaten by a point that is no worse in both respects and better in one. Of points that are equal
+    in both respects, only the first one given stays.
 
     Raises:
         ValueError: a cost is not above 0, or a figure is not finite.
@@ -37,26 +37,26 @@ def pareto_front(points: Iterable[Point]) -> list[Point]:
 def mean_gain(
     method: Iterable[Point], baseline: Iterable[Point], scale: Literal["log", "linear"] = "log"
 ) -> float | None:
-    """By how much the front of `method` lies above that of `baseline`, on average over the costs both reach.
+    """Return by how much the front of `method` lies above the front of `baseline`: a mean over shared costs.
 
-    Both fronts are joined by straight lines and their difference is integrated exactly, over the shared range
-    and divided by its length. Fronts are not extended beyond their own points: the shared range runs from the
-    dearer of the cheapest points to the cheaper of the dearest ones. If it is a single cost, the gain is the
-    difference there.
+    The points of each front are joined by straight lines. The difference of the two lines is integrated
+    exactly over the shared range of costs and divided by the length of that range. Fronts are not extended
+    beyond their own points: the shared range runs from the dearer of the two cheapest points to the cheaper
+    of the two dearest points. If the range is a single cost, the gain is the difference there.
 
     The paper quotes mean gains at equal KV reads; the notes that this project works from do not say how the
-    mean is taken, so figures may not be comparable with the paper's to the last digit.
+    mean is taken. So figures may differ from the paper's in the last digit.
 
     Args:
         scale: "log" draws the lines and takes the mean over the logarithm of the cost: budgets come as powers
-            of two, and each doubling then counts the same. On "linear", the dearest doubling alone makes up
-            half.
+            of two, so each doubling counts the same. On "linear", the dearest doubling alone makes up half of
+            the mean.
 
     Returns:
-        in the unit of the accuracies; None where no cost is shared, or a side has no points.
+        the gain in the unit of the accuracies; None if no cost is shared or a side has no points.
 
     Raises:
-        ValueError: as `pareto_front`; another scale.
+        ValueError: the scale is unknown, and as `pareto_front`.
     """
     if scale not in ("log", "linear"):
         raise ValueError(f"found scale {scale!r}, expected 'log' or 'linear'")
@@ -84,7 +84,7 @@ def mean_gain(
 
 
 def _interpolate(line: Sequence[tuple[float, float]], x: float) -> float:
-    """Between the corners of `line`, which rise in x; x is within them."""
+    """Return the height of `line` at x; the corners of the line rise in x, and x lies between them."""
     for (left, start), (right, end) in zip(line, line[1:], strict=False):
         if x <= right:
             return start + (end - start) * (x - left) / (right - left)

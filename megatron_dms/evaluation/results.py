@@ -1,6 +1,6 @@
-"""From the samples of an evaluation to its results; needs no model.
+"""Grade the samples of an evaluation and write its results. Needs no model.
 
-OUT/results.json      the table's rows, mean gains, differences to vanilla, what was left out, scored by what
+OUT/results.json      rows of the table, mean gains, differences to vanilla, what was left out, what scored it
 OUT/problems.jsonl    accuracy, answers and costs of each problem
 OUT/report.html       figures, table, settings
 """
@@ -29,28 +29,28 @@ _KINDS = {"task": (str,), "data": (str, type(None)), "limit": (int, type(None)),
 
 
 def score(out: Path, data: str | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Grade all samples in `out`, and write results.json, problems.jsonl and report.html. Runs that are not
-    complete, and those that were to compress and did not, are left out, and named.
+    """Grade all samples in `out`, and write results.json, problems.jsonl and report.html.
+
+    Runs that are not complete are left out and named, and so are runs that were to compress and did not.
 
     Args:
-        data: where the task's data is now; None for where it was.
+        data: where the task's data is now; None if it did not move.
         say: gets a line for each run that is left out.
 
     Returns:
-        what results.json holds, and as "table" its rows.
+        the content of results.json, and under "table" the MethodScores of its rows.
 
     Raises:
-        ValueError: `out` holds no evaluation, or no run to score; the task's problems are other ones now.
+        ValueError: `out` holds no evaluation, or no run to score; the task has other problems now.
     """
-    from megatron_dms.evaluation.figures import mean_gains
-    from megatron_dms.evaluation.report import report
+    from megatron_dms.evaluation.report import mean_gains, report
     from megatron_dms.evaluation.scoring import differences, score_problems, summarise
 
     settings = read_settings(out)
     if data is not None:
         settings["data"] = data
     choice = _choice(settings, f"{out}/{SETTINGS}")
-    measures = choice.name.startswith("ruler")  # its texts are made to a length in tokens
+    measures = choice.name.startswith("ruler")  # the texts of these tasks are made to a length in tokens
     task = choice.load(load_tokenizer(_first_model(settings, out)) if measures else None)
     if problems_mark(task) != settings.get("problems"):
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Samples on disk: everything that was generated, a line for each problem, so that scoring needs no model.
+"""Samples on disk: everything that was generated, so that scoring needs no model.
 
-    OUT/settings.json                 what was asked for; only the same may be resumed
-    OUT/samples/METHOD-W-L-CR-seedN.jsonl
+    OUT/settings.json                        what was asked for; a call with other settings is refused
+    OUT/samples/METHOD-W-L-CR-seedN.jsonl    one line for each problem
 
-A line is one problem. A batch of problems is written at once, after it is complete; what an interruption
-left of a line or of a batch is not read, and gives way to the next batch that is written.
+A batch of problems is written at once when it is complete. If an interruption left part of a line or part of
+a batch, that part is not read, and the next batch that is written replaces it.
 """
 
 import json
@@ -19,7 +19,7 @@ from megatron_dms.files import read_object, write_durably
 
 SETTINGS = "settings.json"
 MADE_BY = "made_by"
-_FREE = ("data", "limit", "task_options")  # what these change in the problems, `problems` tells
+_FREE = ("data", "limit", "task_options")  # if these change the problems, `problems` changes too
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,33 @@ class Chain:
 
     text: str
     tokens: int
-    """Generated, an end-of-sequence token included."""
+    """Number of generated tokens, an end-of-sequence token included."""
     ended: bool
-    """False where it was cut off at L tokens."""
+    """False if the chain was cut off at L tokens."""
     loops: bool
-    """It was cut off while it repeated itself."""
+    """True if the chain was repeating itself when it was cut off."""
     kv_reads: float
     """In pairs, mean over layers and KV heads."""
     dense_kv_reads: int
-    """The same with every pair kept."""
+    """KV reads if every pair were kept."""
     peak_tokens: float
     """In pairs, mean over layers and KV heads."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is known of the batch that a problem was in, as a whole."""
+    """Figures that are known only of the whole batch that a problem was in."""
 
     index: int
     problems: int
     seconds: float
-    """Wall time of generating."""
+    """Wall time of the generation."""
     evicted_fraction: float
-    """Of the pairs decided on."""
+    """Evicted share of the pairs that were decided on."""
     decided: int
-    """Decisions in each head, over all sequences: the weight of that fraction."""
+    """Number of decisions in each KV head over all sequences: the weight of `evicted_fraction`."""
     peak_bytes: int
-    """Allocated for keys and values, the batch's chains together."""
+    """Allocated for keys and values, for all chains of the batch together."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Sample:
 
     @classmethod
     def from_entry(cls, entry: dict[str, Any]) -> "Sample":
-        """Figures that earlier versions kept besides are dropped.
+        """Read a sample; figures that only earlier versions kept are dropped.
 
         Raises:
-            ValueError, KeyError, TypeError: it is no sample.
+            ValueError, KeyError, TypeError: the entry is not a sample.
         """
         chains = [_checked(Chain, chain) for chain in entry["chains"]]
         sample = _checked(cls, entry | {"chains": chains, "batch": _checked(Batch, entry["batch"])})
@@ -79,8 +79,12 @@ class Sample:
         return sample
 
 
-def _checked[T](kind: type[T], entry: dict[str, Any]) -> T:
-    """A dataclass of texts, truth values and finite numbers."""
+def _checked[T: (Chain, Batch, Sample)](kind: type[T], entry: dict[str, Any]) -> T:
+    """Make a dataclass of texts, booleans and finite numbers.
+
+    Raises:
+        ValueError, KeyError: a field is missing or of another type.
+    """
     values = {field.name: entry[field.name] for field in fields(kind)}
     for field in fields(kind):
         value, wanted = values[field.name], field.type
@@ -93,31 +97,32 @@ def _checked[T](kind: type[T], entry: dict[str, Any]) -> T:
 
 
 def compresses(run: Run, samples: Sequence[Sample]) -> bool:
-    """Whether some pair was evicted or not read; of a run at CR 1, which is not to compress, True."""
+    """Whether some pair was evicted or not read. True for a run at CR 1, which need not compress."""
     chains = [chain for sample in samples for chain in sample.chains]
     evicted = any(sample.batch.evicted_fraction > 0 for sample in samples)
     return run.budget.cr == 1 or evicted or any(chain.kv_reads < chain.dense_kv_reads for chain in chains)
 
 
 class SampleFile:
-    """The samples of one run, in the order of the problems. Reading leaves the file as it is."""
+    """The samples of one run, in the order of the problems. Reading does not change the file."""
 
     def __init__(self, path: Path) -> None:
-        """
+        """Read the samples that are there.
+
         Raises:
-            ValueError: a whole line is not a sample.
+            ValueError: a complete line is not a sample.
         """
         self.path = path
         self.samples: list[Sample] = []
-        self._size = self._complete = 0  # bytes of the file, and of those of complete batches
+        self._size = self._complete = 0  # bytes of the file, and of its complete batches
         if path.exists():
             self._read()
 
     def append(self, samples: Iterable[Sample]) -> None:
-        """One complete batch, in place of what an interruption left.
+        """Write one complete batch in place of whatever an interruption left.
 
         Raises:
-            ValueError: something else has written to the file since.
+            ValueError: another process has written to the file in the meantime.
         """
         samples = list(samples)
         text = "".join(json.dumps(asdict(sample)) + "\n" for sample in samples).encode()
@@ -153,17 +158,19 @@ class SampleFile:
 
 
 def settle(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings into a folder, or add to those of the samples there. What both name must be the
-    same, but for where checkpoints and data are, how many problems were asked for, and how they are graded:
-    there the later call holds. MADE_BY, what made the samples, is left alone; see `note_maker`.
+    """Write the settings into a folder, or add them to the settings of the samples in that folder.
+
+    A setting that both calls name must be equal, with these exceptions, where the later call's value is kept:
+    the places of checkpoints and data, the number of problems that are asked for, and the options of grading.
+    MADE_BY says what made the samples; it stays as it is (see `note_maker`).
 
     Raises:
-        ValueError: the folder is another one's, or holds samples with other settings.
+        ValueError: the folder holds something else, or samples with other settings.
     """
     settings, found = json.loads(json.dumps(settings)), {}
     if (folder / SETTINGS).exists():
         found = read_settings(folder)
-        if not runs_there(folder):  # a call that failed before its first sample binds nobody
+        if not runs_there(folder):  # a call that failed before its first sample does not bind later calls
             found = {}
         for name in found:
             if name in (MADE_BY, *_FREE) or name not in settings:
@@ -181,13 +188,13 @@ def settle(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _bound(name: str, value: Any) -> Any:
-    """What must stay: of a checkpoint its hash, wherever it lies."""
+    """Return the part of a setting that must not change: the hash of a checkpoint, not its place."""
     is_checkpoint = name == "model" or name.startswith("dms ")
     return value[1:] if is_checkpoint and isinstance(value, list) else value
 
 
 def note_maker(folder: Path, maker: Mapping[str, str]) -> None:
-    """Add to the settings what is about to write samples, unless it is there."""
+    """Add to the settings what is about to write samples, unless the settings name it already."""
     settings = read_settings(folder)
     if maker not in (makers := _makers(settings)):
         settings[MADE_BY] = [*makers, maker]
@@ -196,11 +203,12 @@ def note_maker(folder: Path, maker: Mapping[str, str]) -> None:
 
 def _makers(settings: Mapping[str, Any]) -> list[Any]:
     found = settings.get(MADE_BY, [])
-    return found if isinstance(found, list) else [found]  # earlier versions kept the first one only
+    return found if isinstance(found, list) else [found]  # earlier versions kept only the first maker
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """
+    """Read the settings of an evaluation.
+
     Raises:
         ValueError: the folder holds no evaluation.
     """
@@ -208,11 +216,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def samples_path(folder: Path, run: Run) -> Path:
+    """Return the file of a run's samples."""
     return folder / "samples" / f"{run}.jsonl"
 
 
 def runs_there(folder: Path) -> list[Run]:
-    """The runs that have samples, be they complete or not; methods as in METHODS, then by budget and seed.
+    """Return the runs that have samples, complete or not, sorted by method, budget and seed.
 
     Raises:
         ValueError: a file of samples has another name.

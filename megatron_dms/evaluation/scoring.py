@@ -1,12 +1,11 @@
-"""From samples to figures: accuracy with its uncertainty, and what it cost. Needs the samples and the task,
-no model.
+"""Score samples: accuracy with its uncertainty, and what the answers cost. Needs no model.
 
 Seeds are averaged for each problem first; intervals are over problems (see statistics.py).
 
 Shapes: P problems, S seeds, W chains.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from typing import Any
 
@@ -21,11 +20,12 @@ from megatron_dms.evaluation.statistics import (
     pass_at_k,
 )
 from megatron_dms.evaluation.tasks import Problem, Task
+from megatron_dms.text_table import RULE, text_table
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A method at a budget, and what a problem costs with all its chains."""
+    """A method at a budget, and what one problem costs with all its chains."""
 
     method: str
     budget: Budget
@@ -34,18 +34,19 @@ class Scored:
     """In pairs, mean over layers and KV heads, summed over steps and chains."""
     dense_kv_reads: float
     peak_tokens: float
-    """In pairs, mean over layers and KV heads; chains add up, as they are held together."""
+    """In pairs, mean over layers and KV heads, summed over chains: all chains are held together."""
     peak_bytes: float
-    """Allocated for keys and values; its share of its batch's."""
+    """Allocated for keys and values; the problem's share of its batch."""
     generated_tokens: float
     truncated: float
     """Share of the chains that were cut off at L tokens."""
     looping: float
-    """Share of the chains that were cut off while they repeated themselves."""
+    """Share of the chains that were repeating themselves when they were cut off."""
     seconds: float
-    """Wall time; its share of its batch's. It depends on the machine and the batch size."""
+    """Wall time; the problem's share of its batch. It depends on the machine and the batch size."""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields, with the budget as text."""
         return {**asdict(self), "budget": str(self.budget)}
 
 
@@ -53,14 +54,14 @@ COSTS = tuple(field.name for field in fields(Scored) if field.kw_only)
 
 
 @dataclass(frozen=True)
-class ProblemRow(Scored):
-    """One problem; means over seeds."""
+class ProblemScore(Scored):
+    """The score of one problem; all figures are means over seeds."""
 
     id: str
     answers: dict[int, list[str | None]]
-    """By seed, what was found in each chain."""
+    """What was found in each chain, by seed."""
     accuracy: float
-    """Of the majority vote: the share of the seeds that solve it."""
+    """Share of the seeds whose majority vote solves the problem."""
     average: float
     """avg@W."""
     passed: float
@@ -68,30 +69,31 @@ class ProblemRow(Scored):
 
 
 @dataclass(frozen=True)
-class Row(Scored):
-    """All problems: means of the ProblemRows, where what has the same name is explained."""
+class MethodScore(Scored):
+    """The score over all problems: means of the fields of the same name in ProblemScore."""
 
     seeds: int
     accuracy: Estimate
-    """Of the majority vote; of tasks without votes (code) the share of problems that any chain solves."""
+    """Share of problems that the majority vote solves; in tasks without votes (code), those that any chain
+    does."""
     average: Estimate
     passed: Estimate
     achieved_cr: float | None
-    """1 / (1 - evicted fraction) over all pairs decided on; None where it is unbounded, 1 for quest, which
-    evicts none and reads less."""
+    """1 / (1 - evicted fraction) over all pairs that were decided on; None if it is unbounded. Quest has 1:
+    it evicts no pair and reads fewer pairs."""
 
 
 def score_problems(
     task: Task, method: str, budget: Budget, by_seed: Mapping[int, Sequence[Sample]]
-) -> list[ProblemRow]:
-    """Grade all seeds of a method at a budget.
+) -> list[ProblemScore]:
+    """Grade all samples of a method at a budget.
 
     Args:
-        task: with the problems of the samples, in their order.
-        by_seed: samples of all problems, [P] each.
+        task: has the problems of the samples, in the same order.
+        by_seed: for each seed the samples of all problems, [P].
 
     Returns:
-        [P].
+        [P], a score for each problem.
 
     Raises:
         ValueError: samples are missing, or are of other problems.
@@ -110,7 +112,7 @@ def score_problems(
 
 def _score_problem(
     task: Task, problem: Problem, method: str, budget: Budget, by_seed: Mapping[int, Sample]
-) -> ProblemRow:
+) -> ProblemScore:
     grades = {
         seed: task.grade(problem, [chain.text for chain in sample.chains]) for seed, sample in by_seed.items()
     }
@@ -118,7 +120,7 @@ def _score_problem(
     chains_X = [chain for sample in by_seed.values() for chain in sample.chains]
     batches_S = [sample.batch for sample in by_seed.values()]
     S, X = len(by_seed), len(chains_X)
-    return ProblemRow(
+    return ProblemScore(
         method=method,
         budget=budget,
         id=problem.id,
@@ -137,12 +139,17 @@ def _score_problem(
     )
 
 
-def summarise(problems: Sequence[ProblemRow], by_seed: Mapping[int, Sequence[Sample]]) -> Row:
-    """All problems of a method at a budget, and the samples that they were scored from."""
+def summarise(problems: Sequence[ProblemScore], by_seed: Mapping[int, Sequence[Sample]]) -> MethodScore:
+    """Return the score of a method at a budget.
+
+    Args:
+        problems: the scores of all problems.
+        by_seed: the samples that those scores were made from.
+    """
     batches = {(seed, sample.batch.index): sample.batch for seed, s in by_seed.items() for sample in s}
     decided = sum(batch.decided for batch in batches.values())
     evicted = sum(batch.evicted_fraction * batch.decided for batch in batches.values()) / max(decided, 1)
-    return Row(
+    return MethodScore(
         method=problems[0].method,
         budget=problems[0].budget,
         seeds=len(by_seed),
@@ -156,7 +163,7 @@ def summarise(problems: Sequence[ProblemRow], by_seed: Mapping[int, Sequence[Sam
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a method is more accurate than vanilla with as many chains of the same length."""
+    """By how much a method is more accurate than vanilla with the same number and length of chains."""
 
     method: str
     budget: Budget
@@ -164,6 +171,7 @@ class Difference:
     """The difference, problem by problem."""
 
     def as_json(self) -> dict[str, Any]:
+        """Return the fields, with the budget as text."""
         return {**asdict(self), "budget": str(self.budget)}
 
     def __str__(self) -> str:
@@ -171,11 +179,11 @@ class Difference:
         return "{} {}: {:+.1f} [{:+.1f}, {:+.1f}] points".format(self.method, self.budget, *points)
 
 
-def differences(problems: Sequence[ProblemRow]) -> list[Difference]:
-    """Of every method and budget for which vanilla has run the same W and L.
+def differences(problems: Sequence[ProblemScore]) -> list[Difference]:
+    """Compare every method and budget with vanilla, if vanilla has run the same W and L.
 
     Args:
-        problems: of all methods and budgets, each on the same problems in the same order.
+        problems: the scores of all methods and budgets, each on the same problems in the same order.
     """
     grouped: dict[tuple[str, Budget], list[float]] = {}
     for problem in problems:
@@ -188,38 +196,39 @@ def differences(problems: Sequence[ProblemRow]) -> list[Difference]:
     return found
 
 
-_COLUMNS = {  # heading: (width, cell of a row)
-    "seeds": (7, lambda row: f"{row.seeds}"),
-    "accuracy": (21, lambda row: _interval(row.accuracy)),
-    "avg@W": (21, lambda row: _interval(row.average)),
-    "pass@W": (21, lambda row: _interval(row.passed)),
-    "achieved CR": (13, lambda row: "-" if row.achieved_cr is None else f"{row.achieved_cr:.2f}"),
-    "KV reads": (12, lambda row: f"{row.kv_reads:.0f}"),
-    "dense": (12, lambda row: f"{row.dense_kv_reads:.0f}"),
-    "peak tokens": (13, lambda row: f"{row.peak_tokens:.1f}"),
-    "bytes": (12, lambda row: f"{row.peak_bytes:.0f}"),
-    "tokens": (9, lambda row: f"{row.generated_tokens:.0f}"),
-    "cut %": (7, lambda row: f"{100 * row.truncated:.1f}"),
-    "loop %": (8, lambda row: f"{100 * row.looping:.1f}"),
-    "seconds": (10, lambda row: f"{row.seconds:.3f}"),
+_COLUMNS: dict[str, Callable[[MethodScore], str]] = {
+    "seeds": lambda score: f"{score.seeds}",
+    "accuracy": lambda score: _interval(score.accuracy),
+    "avg@W": lambda score: _interval(score.average),
+    "pass@W": lambda score: _interval(score.passed),
+    "achieved CR": lambda score: "-" if score.achieved_cr is None else f"{score.achieved_cr:.2f}",
+    "KV reads": lambda score: f"{score.kv_reads:.0f}",
+    "dense": lambda score: f"{score.dense_kv_reads:.0f}",
+    "peak tokens": lambda score: f"{score.peak_tokens:.1f}",
+    "bytes": lambda score: f"{score.peak_bytes:.0f}",
+    "tokens": lambda score: f"{score.generated_tokens:.0f}",
+    "cut %": lambda score: f"{100 * score.truncated:.1f}",
+    "loop %": lambda score: f"{100 * score.looping:.1f}",
+    "seconds": lambda score: f"{score.seconds:.3f}",
 }
 
 
-def cells(row: Row) -> dict[str, str]:
-    """What the tables show of a row, by heading."""
-    head = {"method": row.method, "W-L-CR": str(row.budget)}
-    return head | {name: cell(row) for name, (_, cell) in _COLUMNS.items()}
+def cells(score: MethodScore) -> dict[str, str]:
+    """Return the cells of a table's line, by heading."""
+    head = {"method": score.method, "W-L-CR": str(score.budget)}
+    return head | {heading: cell(score) for heading, cell in _COLUMNS.items()}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A line for each method and budget; accuracies in percent with 95 % intervals, costs of a problem."""
-    head = f"{'method':<8}{'W-L-CR':>14}"
-    head += "".join(f"{name:>{width}}" for name, (width, _) in _COLUMNS.items())
-    lines = [head, "-" * len(head)]
-    for row in rows:
-        figures = "".join(f"{cell(row):>{width}}" for width, cell in _COLUMNS.values())
-        lines.append(f"{row.method:<8}{row.budget!s:>14}{figures}")
-    return "\n".join(lines)
+def table(scores: Sequence[MethodScore]) -> str:
+    """Return a table with a line for each method and budget.
+
+    Accuracies are in percent, with 95 % intervals; costs are costs of one problem.
+
+    Args:
+        scores: at least one.
+    """
+    lines = [cells(score) for score in scores]
+    return text_table([list(lines[0]), RULE, *(list(line.values()) for line in lines)], align="<>")
 
 
 def _interval(estimate: Estimate) -> str:

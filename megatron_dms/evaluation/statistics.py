@@ -1,9 +1,9 @@
-"""Figures of a benchmark: of one problem from its chains, and over problems with their uncertainty.
+"""Figures of one problem from its chains, and means over problems with their uncertainty.
 
 Shapes: W chains of a problem, P problems.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -14,18 +14,19 @@ _DRAWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Estimate:
+    """A mean over problems with its confidence interval from `low` to `high`."""
+
     mean: float
     low: float
     high: float
-    """Of the confidence interval."""
     problems: int
 
 
 def majority_vote(classes: Sequence[Hashable | None]) -> int | None:
-    """The chain that answers for all: the first one of the most frequent class.
+    """Return the chain that answers for all chains: the first one of the most frequent class.
 
-    Ties are broken by first occurrence: of the tied classes the one whose first member comes first wins, so
-    the result depends on the order of the chains, but on no chance. None abstains.
+    Ties are broken by first occurrence: of the tied classes, the class whose first member comes first wins.
+    So the result depends on the order of the chains, but not on chance. A chain with class None abstains.
 
     Args:
         classes: [W], as `answers.answer_classes` gives them.
@@ -39,13 +40,12 @@ def majority_vote(classes: Sequence[Hashable | None]) -> int | None:
             counts[member] = counts.get(member, 0) + 1
     if not counts:
         return None
-    return classes.index(
-        max(counts, key=counts.__getitem__)
-    )  # max: the first of equals; dicts keep the order
+    winner = max(counts, key=counts.__getitem__)  # max takes the first of equals; dicts keep the order
+    return classes.index(winner)
 
 
 def average_at_w(correct: Sequence[bool]) -> float:
-    """avg@W: the expected accuracy of a single chain, from W of them.
+    """Return avg@W: the expected accuracy of a single chain, estimated from W chains.
 
     Raises:
         ValueError: there are no chains.
@@ -56,8 +56,10 @@ def average_at_w(correct: Sequence[bool]) -> float:
 
 
 def pass_at_k(chains: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k chains is correct, from n = `chains` of which c =
-    `correct` are: 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv 2107.03374, equation 1), in exact integers.
+    """Return an unbiased estimate of the chance that at least one of k chains is correct.
+
+    With n = `chains` and c = `correct` the estimate is 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv
+    2107.03374, equation 1), computed in exact integers.
 
     Raises:
         ValueError: not 0 <= correct <= chains, or not 1 <= k <= chains.
@@ -71,8 +73,18 @@ def pass_at_k(chains: int, correct: int, k: int) -> float:
 
 
 def compression_ratio(fraction: float | None) -> float | None:
-    """1 / (1 - the fraction evicted); None where that is unbounded or the fraction is unknown."""
+    """Return 1 / (1 - the evicted fraction); None if the ratio is unbounded or the fraction is unknown."""
     return None if fraction is None or fraction == 1.0 else 1.0 / (1.0 - fraction)
+
+
+def decisions(tokens_seen: Iterable[int], lag: int) -> int:
+    """Return how many eviction decisions each KV head has taken.
+
+    Args:
+        tokens_seen: number of tokens of each sequence.
+        lag: the first `lag` tokens of a sequence carry no decision.
+    """
+    return sum(max(seen - lag, 0) for seen in tokens_seen)
 
 
 def mean_over_problems(
@@ -120,13 +132,13 @@ def paired_difference(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """`first` - `second`, two methods on the same P problems in the same order; interval as above.
+    """Return the mean of `first` - `second`: two methods on the same P problems in the same order.
 
-    Both values of a problem are drawn together, so that what makes a problem hard for both cancels: narrower
-    than what two separate intervals suggest.
+    Both values of a problem are drawn together, so whatever makes a problem hard for both methods cancels.
+    The interval is therefore narrower than two separate intervals suggest.
 
     Raises:
-        ValueError: the lengths differ, and as above.
+        ValueError: the lengths differ, and as `mean_over_problems`.
     """
     if len(first) != len(second):
         raise ValueError(f"found {len(first)} and {len(second)} values, expected the same problems")

@@ -58,7 +58,7 @@ def end_texts_only(model: Any) -> None:
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
 
 
-def generate(
+def answer_prompts(
     model: Any,
     prompts: Sequence[Sequence[int]],
     chains: int,
@@ -66,7 +66,10 @@ def generate(
     sampling: Sampling,
     pad_id: int,
 ) -> Tensor:
-    """[B * W, T] token ids, the chains of a prompt one after another; `pad_id` after the end of a text.
+    """Let the model answer a batch of prompts.
+
+    Returns:
+        [B * W, T] token ids, the chains of a prompt one after another; `pad_id` after the end of a text.
 
     Raises:
         ValueError: out of memory.

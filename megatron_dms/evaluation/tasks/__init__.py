@@ -1,13 +1,13 @@
-"""Benchmarks: problems from the datasets' own formats, what a model is asked, how an answer is graded.
+"""Benchmarks: problems from the datasets' own formats, the prompts for a model, the grades of its answers.
 
     from megatron_dms.evaluation.tasks import load_task
 
     task = load_task("math500", "/data/MATH-500", limit=100)
     for problem in task.problems:
-        grades = task.grade(problem, texts)  # texts: what each of the W chains said
+        grades = task.grade(problem, texts)  # texts: the text of each of the W chains
         task.solved(grades)
 
-Importing this package imports none of the tasks.
+Importing this package does not import the tasks.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from megatron_dms.evaluation.tasks.task import Graded, Grades, Problem, Task
 
 __all__ = ["TASKS", "Graded", "Grades", "Problem", "Task", "load_task"]
 
-# Task: the module that has a function of the same name, which loads it.
+# Task: the module with the function of the same name that loads the task.
 _MODULES = {
     "aime24": "mathematics",
     "math500": "mathematics",
@@ -35,7 +35,7 @@ _MODULES = {
     "tiny_reasoner": "tiny_reasoner",
 }
 TASKS = tuple(_MODULES)
-_WORDS = {date: "a day as YYYY-MM-DD", int: "a whole number", str: "a text"}  # the first that fits
+_WORDS = {date: "a day as YYYY-MM-DD", int: "a whole number", str: "a text"}  # the first match counts
 
 
 def load_task(
@@ -45,19 +45,19 @@ def load_task(
     tokenizer: Any = None,
     **options: Any,
 ) -> Task:
-    """Read, or make, the problems of a task.
+    """Read or generate the problems of a task.
 
     Args:
-        name: of TASKS.
-        source: the dataset's file, or the folder that it was downloaded to; None for the hub. The ruler tasks
-            are made, not read, and take none; tiny_reasoner is a file and needs it.
-        limit: the first so many problems, in the dataset's order; None for all (of the ruler tasks, 100).
-        tokenizer: measures the prompts of the ruler tasks; the others have no use for it.
-        options: of the task's function, such as `seed` of gpqa or `since` of livecodebench.
+        name: one of TASKS.
+        source: the dataset's file, or the folder that the dataset was downloaded to; None for the hub. The
+            ruler tasks are generated and take no source; tiny_reasoner needs a file.
+        limit: number of problems to take, in the dataset's order; None for all (the ruler tasks: 100).
+        tokenizer: measures the prompts of the ruler tasks; the other tasks do not use it.
+        options: options of the task's function, such as `seed` of gpqa or `since` of livecodebench.
 
     Raises:
         ValueError: the task or an option is unknown, an argument is out of range, the source cannot be read,
-            or a row of it is not what the dataset documents. The message names file and row.
+            or a row is not what the dataset documents. The message names the file and the row.
     """
     if name not in _MODULES:
         raise ValueError(f"found task {name!r}, expected one of {', '.join(TASKS)}")
@@ -84,6 +84,6 @@ def load_task(
 
 
 def _words(annotation: Any) -> str:
-    """What an option takes."""
+    """Describe the values that an option takes."""
     kinds = get_args(annotation) or (annotation,)
     return next(text for kind, text in _WORDS.items() if kind in kinds)

@@ -1,7 +1,7 @@
-"""GPQA, MMLU, ARC and HellaSwag as questions that are answered with a letter, after reasoning.
+"""GPQA, MMLU, ARC and HellaSwag as questions that the model answers with a letter, after reasoning.
 
-MMLU, ARC and HellaSwag are usually reported by the log-likelihoods of the options, and figures from letters
-are not comparable with those: for likelihoods use lm-evaluation-harness on the exported model.
+MMLU, ARC and HellaSwag are usually reported by the log-likelihoods of the options. Figures from letters are
+not comparable with those figures: for likelihoods, use lm-evaluation-harness on the exported model.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from megatron_dms.evaluation.answers import choice_letter
-from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of
+from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of
 from megatron_dms.evaluation.tasks.source import Dataset
 from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grades_of
 
@@ -35,7 +35,9 @@ def _problem(identity: str, question: str, options: Sequence[str], right: int) -
     return Problem(identity, ask(f"{question.strip()}\n\n{listed}\n\n{instruction}"), gold)
 
 
-def _task(name: str, rows: Iterable[Row], make: Callable[[Row], Problem], limit: int | None) -> Task:
+def _task(
+    name: str, rows: Iterable[DatasetRow], make: Callable[[DatasetRow], Problem], limit: int | None
+) -> Task:
     def grade(problem: Problem, texts: Sequence[str]) -> Grades:
         letters, right = problem.gold["letters"], problem.gold["letter"]
         return grades_of([choice_letter(text, letters) for text in texts], lambda letter: letter == right)
@@ -43,8 +45,12 @@ def _task(name: str, rows: Iterable[Row], make: Callable[[Row], Problem], limit:
     return Task(name, True, problems_of(rows, make, limit), grade)
 
 
-def _texts(row: Row, name: str, value: Any) -> list[str]:
-    """Options: at least two texts, at most as many as there are letters."""
+def _texts(row: DatasetRow, name: str, value: Any) -> list[str]:
+    """Return the options of a row: at least two texts, at most as many as there are letters.
+
+    Raises:
+        ValueError: the value is something else.
+    """
     good = isinstance(value, list) and all(isinstance(text, str) for text in value)
     if not good or not 2 <= len(value) <= len(ascii_uppercase):
         raise row.error(f"column {name}: found {str(value)[:60]}, expected a list of two or more texts")
@@ -52,19 +58,19 @@ def _texts(row: Row, name: str, value: Any) -> list[str]:
 
 
 def gpqa(source: Path | None, limit: int | None, tokenizer: Any = None, *, seed: int = 0) -> Task:
-    """GPQA diamond.
+    """Load GPQA diamond.
 
     Args:
-        seed: of the options' order, which is a function of it and the record's id: the same whatever else is
-            in the file, and in each run.
+        seed: decides the order of the options. The order is a function of the seed and the record's id only,
+            so it is the same in each run and does not depend on the rest of the file.
     """
     wrong = [f"Incorrect Answer {number}" for number in (1, 2, 3)]
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         names = ["Question", "Correct Answer", *wrong, "Record ID"]
         row.require(*names)
         identity = row.label("Record ID")
-        options = [row.label(name) for name in names[1:-1]]  # bare numbers may have become such on the way
+        options = [row.label(name) for name in names[1:-1]]  # an option may be a number in the file
         order = sorted(
             range(len(options)),
             key=lambda index: hashlib.sha256(f"{seed}/{identity}/{index}".encode()).digest(),
@@ -75,9 +81,9 @@ def gpqa(source: Path | None, limit: int | None, tokenizer: Any = None, *, seed:
 
 
 def mmlu(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """The test split lies sorted by subject, so a limit takes the first subjects only."""
+    """Load MMLU. The test split is sorted by subject, so a limit takes the first subjects only."""
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         row.require("question", "choices", "answer", "subject")
         options = _texts(row, "choices", row.fields["choices"])
         right = row.get("answer", int)
@@ -89,9 +95,9 @@ def mmlu(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
 
 
 def arc(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """ARC-Challenge; its labels, A to E or 1 to 5, are replaced by A to E."""
+    """Load ARC-Challenge. Its labels are A to E or 1 to 5; the model is always given A to E."""
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         row.require("id", "question", "choices", "answerKey")
         choices = row.get("choices", dict)
         if set(choices) != {"text", "label"}:
@@ -109,9 +115,9 @@ def arc(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
 
 
 def hellaswag(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """The validation split: the labels of the test split are not published."""
+    """Load the validation split of HellaSwag: the labels of the test split are not published."""
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         row.require("ind", "ctx", "endings", "label")
         options = [_clean(text) for text in _texts(row, "endings", row.fields["endings"])]
         right = str(row.fields["label"])
@@ -121,13 +127,14 @@ def hellaswag(source: Path | None, limit: int | None, tokenizer: Any = None) -> 
                 "labels, use the validation split"
             )
         question = f"How does this text go on?\n\n{_clean(row.text('ctx'))}"
-        # `ind` counts within either of the two sources, so the row tells them apart.
+        # `ind` counts separately within the two sources, so the row number is part of the id.
         return _problem(f"{row.label('ind')}-{row.number}", question, options, int(right))
 
     return _task("hellaswag", _HELLASWAG.rows(source), make, limit)
 
 
 def _clean(text: str) -> str:
-    """Without the marks of the WikiHow part: [title] ends a heading, [header], [step] and such go."""
+    """Remove the marks of the WikiHow part: [title] becomes a full stop, [header], [step] etc. are
+    dropped."""
     text = re.sub(r"\s*\[title\]\s*", ". ", text.strip())
     return re.sub(r"\s{2,}", " ", re.sub(r"\[\w+\]", "", text)).removeprefix(". ").strip()

@@ -1,4 +1,4 @@
-"""Tests of a LiveCodeBench problem, from the texts that its rows hold."""
+"""The tests of a LiveCodeBench problem, read from the texts in a row of the dataset."""
 
 import base64
 import binascii
@@ -10,29 +10,29 @@ from typing import Any
 
 from megatron_dms.evaluation.code_answers import CallTest, StdinTest
 
-_MOST_BYTES = 4 << 30  # of a problem's tests, unpacked: more is a bomb
+_MOST_BYTES = 4 << 30  # of one problem's unpacked tests; larger ones are taken for a decompression bomb
 _TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
 _HARMLESS = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP")
 
 
 @dataclass(frozen=True)
 class CodeTests:
-    """Tests of one problem. The private ones stay packed: those of all problems have gigabytes."""
+    """Tests of one problem. Private tests stay packed: unpacked, those of all problems take gigabytes."""
 
     where: str
     """File and line, for messages."""
     public: str
     private: str
-    """JSON, or base64 of zlib of a pickled text of JSON."""
+    """JSON, or a JSON text that was pickled, compressed by zlib and encoded in base64."""
     function: str | None
-    """What functional tests call."""
+    """Name of the function that functional tests call."""
 
     def unpack(self) -> list[StdinTest | CallTest]:
-        """All tests, the public ones first.
+        """Return all tests, the public ones first.
 
         Raises:
-            ValueError: they are not as documented; a pickle that asks for anything but a text is refused, and
-                nothing of it runs.
+            ValueError: the tests are not as documented. A pickle that holds anything but a text is refused,
+                and nothing of it is run.
         """
         try:
             entries = [*_entries(self.public), *_entries(_unpacked(self.private))]
@@ -54,7 +54,7 @@ class CodeTests:
             raise ValueError(f"found testtype {kind!r}, expected stdin or functional")
         if self.function is None:
             raise ValueError("found a functional test, but metadata without func_name")
-        # One argument a line.
+        # Each line is one argument.
         return CallTest(self.function, [json.loads(line) for line in given.split("\n")], json.loads(expected))
 
 
@@ -79,15 +79,18 @@ def _unpacked(text: str) -> str:
 
 
 def _pickled_text(pickled: bytes) -> str:
-    """What a pickle of one str holds.
+    """Return the text in a pickle that holds one str.
 
-    It is read, not run: any instruction but those that a str takes, such as the name of a class or function,
-    is refused.
+    The pickle is read and never run. Only the instructions that a str needs are accepted; an instruction such
+    as the name of a class or a function is refused.
+
+    Raises:
+        ValueError: the pickle is damaged or holds anything else.
     """
-    texts = []
-    for instruction, argument, _ in pickletools.genops(pickled):  # ValueError where it is damaged
+    texts: list[str] = []
+    for instruction, argument, _ in pickletools.genops(pickled):  # raises ValueError if the pickle is damaged
         if instruction.name in _TEXTS:
-            texts.append(argument)
+            texts.append(str(argument))
         elif instruction.name not in _HARMLESS:
             found = f"{instruction.name} {str(argument)[:60]}" if argument is not None else instruction.name
             raise ValueError(f"found {found} in the pickle of the private tests, expected a text; refused")

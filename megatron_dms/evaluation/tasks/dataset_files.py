@@ -1,7 +1,12 @@
-"""Rows of a dataset's files, whatever their format, with typed access that says where a row is wrong.
+"""Rows of a dataset's files in any format, with typed access whose errors say which row is wrong.
 
-Formats: .jsonl, .json (a list of objects, or one object on each line), .csv (with a header line), each also
-with .gz; .parquet. Files are read row by row where the format allows it: LiveCodeBench's have gigabytes.
+Formats: .jsonl, .json (a list of objects, or one object on each line), .csv (with a header line), each of
+them also with .gz; .parquet. Files are read row by row if the format allows it: LiveCodeBench's files have
+gigabytes.
+
+Why not through `datasets`: it infers one type for each column. So a CSV answer 033 becomes 33 and an answer
+NA becomes null, integers beyond 64 bits and columns of numbers and texts are refused, a short CSV row and a
+missing column become null, and its errors do not name the line.
 """
 
 import csv
@@ -19,19 +24,22 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv
 
 
 @dataclass(frozen=True)
-class Row:
+class DatasetRow:
+    """One row: a problem as the dataset's makers wrote it."""
+
     where: str
-    """File and line or row, for messages."""
+    """File and line (or row), for messages."""
     number: int
-    """Counted from 0 through all rows of the dataset; the id where it has none of its own."""
+    """Counted from 0 over all files of the dataset; serves as id in datasets without ids."""
     fields: dict[str, Any]
 
     def error(self, message: str) -> ValueError:
-        """To be raised; it names the row."""
+        """Return an error to raise; its message names the row."""
         return ValueError(f"{self.where}: {message}")
 
     def require(self, *names: str) -> None:
-        """
+        """Check that the row has these columns.
+
         Raises:
             ValueError: a column is missing.
         """
@@ -43,7 +51,8 @@ class Row:
             )
 
     def get[T](self, name: str, kind: type[T]) -> T:
-        """
+        """Return the value of a column.
+
         Raises:
             ValueError: the column is missing or of another type.
         """
@@ -54,10 +63,10 @@ class Row:
         return value
 
     def text(self, name: str) -> str:
-        """A text that is not blank.
+        """Return a text that is not blank.
 
         Raises:
-            ValueError: it is, or no text.
+            ValueError: the value is blank or not a text.
         """
         value = self.get(name, str)
         if not value.strip():
@@ -65,10 +74,10 @@ class Row:
         return value
 
     def label(self, name: str) -> str:
-        """An id or a number as text; datasets have them as either.
+        """Return an id or a number as text; datasets hold both as text or as number.
 
         Raises:
-            ValueError: neither, or blank.
+            ValueError: the value is blank, or neither a text nor a whole number.
         """
         self.require(name)
         value = self.fields[name]
@@ -81,11 +90,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def read_rows(paths: Iterable[Path]) -> Iterator[Row]:
-    """The rows of some files, one after the other.
+def read_rows(paths: Iterable[Path]) -> Iterator[DatasetRow]:
+    """Yield the rows of several files, one file after the other.
 
     Raises:
-        ValueError: a file is of another format, unreadable, or without rows.
+        ValueError: a file has another format, cannot be read, or has no rows.
     """
     number = 0
     for path in paths:
@@ -94,18 +103,18 @@ def read_rows(paths: Iterable[Path]) -> Iterator[Row]:
             for place, fields in _fields(path):
                 if not isinstance(fields, dict):
                     raise ValueError(f"{path}, {place}: found {_short(fields)}, expected an object")
-                yield Row(f"{path}, {place}", number, fields)
+                yield DatasetRow(f"{path}, {place}", number, fields)
                 number += 1
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: {error}") from error
-        except (OSError, EOFError) as error:  # gzip's are among them
+        except (OSError, EOFError) as error:  # errors of gzip are among these
             raise ValueError(f"{path} cannot be read: {error}") from error
         if number == first:
             raise ValueError(f"{path} is empty; expected at least one row")
 
 
 def _fields(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place in the file, and what is there."""
+    """Yield the entries of a file, each with its place in the file."""
     if path.name.endswith(".parquet"):
         yield from _parquet(path)
         return
@@ -113,8 +122,8 @@ def _fields(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"found {path}, expected a name that ends in one of {', '.join(FORMATS)}")
     zipped = path.name.endswith(".gz")
     file: IO[str]
-    # No other character than \n ends a line of JSON; csv wants line ends as they are. utf-8-sig drops Excel's
-    # byte order mark, which would become part of the first column's name.
+    # Only \n ends a line of JSON; csv needs line ends as they are. utf-8-sig drops Excel's byte order mark,
+    # which would otherwise become part of the first column's name.
     with (gzip.open if zipped else open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
         if path.name.removesuffix(".gz").endswith(".csv"):
             yield from _csv(path, file)
@@ -143,7 +152,7 @@ def _csv(path: Path, file: IO[str]) -> Iterator[tuple[str, Any]]:
     line = 0
     try:
         for fields in reader:
-            if None in fields or None in fields.values():  # more values than columns, or fewer
+            if None in fields or None in fields.values():  # more or fewer values than columns
                 raise ValueError(f"{path}, up to line {reader.line_num}: found a row of another length")
             line = reader.line_num
             yield f"up to line {line}", fields
@@ -168,15 +177,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def problems_of(
-    rows: Iterable[Row], make: Callable[[Row], Problem | None], limit: int | None
+    rows: Iterable[DatasetRow], make: Callable[[DatasetRow], Problem | None], limit: int | None
 ) -> list[Problem]:
-    """The first `limit` problems; no further row is read.
+    """Return the first `limit` problems; no further row is read.
 
     Args:
-        make: None for a row that is left out.
+        make: returns the problem of a row, or None to leave the row out.
 
     Raises:
-        ValueError: as `make`, and if two have the same id.
+        ValueError: as `make`, or two problems have the same id.
     """
     problems: list[Problem] = []
     seen: dict[str, str] = {}

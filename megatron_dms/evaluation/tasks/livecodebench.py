@@ -1,6 +1,6 @@
-"""LiveCodeBench, code generation: programs that must pass all public and private tests of a problem.
+"""LiveCodeBench, code generation: a program must pass all public and private tests of a problem.
 
-The programs are run, by `code_answers`: read there what that does not protect against.
+code_answers.py runs the programs; its docstring says what it does not protect against.
 """
 
 import json
@@ -13,13 +13,13 @@ from typing import Any
 
 from megatron_dms.evaluation.code_answers import Verdict, check_code, extract_code
 from megatron_dms.evaluation.tasks.code_tests import CodeTests
-from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of, read_rows
+from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of, read_rows
 from megatron_dms.evaluation.tasks.source import data_files, find_files, unreachable
 from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grades_of
 
 REPOSITORY = "livecodebench/code_generation_lite"
 RELEASES = range(1, 7)
-"""Release n is the files test.jsonl, test2.jsonl, ... up to the n-th."""
+"""Release n consists of the first n of the files test.jsonl, test2.jsonl, ..."""
 INSTRUCTION = (
     "Think the problem through, then give the whole program in one block that starts with ```python."
 )
@@ -37,12 +37,18 @@ def livecodebench(
     release: int | None = None,
     workers: int = 1,
 ) -> Task:
-    """
+    """Load LiveCodeBench.
+
     Args:
-        source: a file, a folder with test.jsonl, test2.jsonl, ..., or one with a single set of other files.
-        since, until: first and last day of the contests, as YYYY-MM-DD; both are included.
-        release: 1 to 6, the first so many files; None for all that are in the folder, from the hub 6.
-        workers: programs that run at a time. More than there are free cores makes programs time out.
+        source: a file, a folder with test.jsonl, test2.jsonl, ..., or a folder with a single set of other
+            files; None for the hub.
+        since, until: first and last day of the contests as YYYY-MM-DD; both days are included.
+        release: number of files to take, 1 to 6; None for all files in the folder, and for 6 from the hub.
+        workers: number of programs that run at a time. More workers than free cores make programs time out.
+
+    Raises:
+        ValueError: an option is out of range, the source or a row is not as documented, or no contest lies
+            between the two days.
     """
     first, last = _day("since", since), _day("until", until)
     if first and last and first > last:
@@ -54,7 +60,7 @@ def livecodebench(
 
     days: set[date] = set()
 
-    def make(row: Row) -> Problem | None:
+    def make(row: DatasetRow) -> Problem | None:
         names = ("question_id", "question_content", "starter_code", "contest_date", "public_test_cases")
         row.require(*names, "private_test_cases", "metadata")
         day = _contest_day(row)
@@ -64,7 +70,7 @@ def livecodebench(
         tests = CodeTests(
             row.where, row.text("public_test_cases"), row.text("private_test_cases"), _function(row)
         )
-        tests.unpack()  # rather now than after hours of generation
+        tests.unpack()  # shows bad tests now and not after hours of generation
         return Problem(row.label("question_id"), ask(_prompt(row)), tests)
 
     problems = problems_of(read_rows(_files(source, release)), make, limit)
@@ -100,7 +106,7 @@ def _files(source: Path | None, release: int | None) -> Iterator[Path]:
     own = [] if source.is_file() else [file for file in data_files(source) if file.name in names]
     if not own:
         if release is not None:
-            return iter(find_files(source, "test", f"release_v{release}"))  # as mirrors in parquet name them
+            return iter(find_files(source, "test", f"release_v{release}"))  # as mirrors name their folders
         return iter(find_files(source, "test"))
     wanted = names[: release or max(names.index(file.name) for file in own) + 1]
     missing = [name for name in wanted if not (source / name).is_file()]
@@ -110,7 +116,7 @@ def _files(source: Path | None, release: int | None) -> Iterator[Path]:
 
 
 def _downloaded(names: Sequence[str]) -> Iterator[Path]:
-    """Not through `datasets`, which no longer runs the loading script that this dataset has."""
+    """Download the files one by one: `datasets` no longer runs the loading script of this dataset."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
@@ -118,7 +124,7 @@ def _downloaded(names: Sequence[str]) -> Iterator[Path]:
     for name in names:
         try:
             path = hf_hub_download(REPOSITORY, name, repo_type="dataset")
-        except Exception as error:  # of several libraries: offline, no such file, a full disk
+        except Exception as error:  # several libraries raise here: offline, no such file, a full disk
             raise unreachable(REPOSITORY, error) from error
         yield Path(path)
 
@@ -134,7 +140,7 @@ def _day(option: str, value: str | date | None) -> date | None:
         raise ValueError(f"found {option} {value!r}, expected a day as YYYY-MM-DD") from error
 
 
-def _contest_day(row: Row) -> date:
+def _contest_day(row: DatasetRow) -> date:
     value = row.fields["contest_date"]
     try:
         return (value if isinstance(value, datetime) else datetime.fromisoformat(value)).date()
@@ -144,7 +150,7 @@ def _contest_day(row: Row) -> date:
         ) from error
 
 
-def _function(row: Row) -> str | None:
+def _function(row: DatasetRow) -> str | None:
     text = row.text("metadata")
     try:
         metadata = json.loads(text)
@@ -156,7 +162,7 @@ def _function(row: Row) -> str | None:
     return name
 
 
-def _prompt(row: Row) -> str:
+def _prompt(row: DatasetRow) -> str:
     starter = row.get("starter_code", str)
     wanted = f"{FROM_STARTER}\n\n```python\n{starter.rstrip()}\n```" if starter.strip() else FROM_INPUT
     return f"{row.text('question_content').strip()}\n\n{wanted}\n\n{INSTRUCTION}"

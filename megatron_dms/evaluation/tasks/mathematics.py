@@ -1,4 +1,4 @@
-r"""AIME 2024, MATH-500 and GSM8K: the answer is asked for in a \boxed{}."""
+r"""AIME 2024, MATH-500 and GSM8K: the model is asked to put its answer in a \boxed{}."""
 
 import re
 from decimal import Decimal
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dms.evaluation.answers import integer_answer, last_box, math_answer, math_equal, math_gold
-from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of
+from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of
 from megatron_dms.evaluation.tasks.source import Dataset
 from megatron_dms.evaluation.tasks.task import Problem, Task, ask, grades_of
 
@@ -25,9 +25,12 @@ def _question(text: str) -> list[dict[str, str]]:
 
 
 def aime24(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """Whole numbers from 0 to 999, exactly. Columns of HuggingFaceH4/aime_2024 or Maxwell-Jia/AIME_2024."""
+    """Load AIME 2024: answers are whole numbers from 0 to 999, compared exactly.
 
-    def make(row: Row) -> Problem:
+    The columns may be named as in HuggingFaceH4/aime_2024 or as in Maxwell-Jia/AIME_2024.
+    """
+
+    def make(row: DatasetRow) -> Problem:
         names = ("Problem", "Answer", "ID") if "Problem" in row.fields else ("problem", "answer", "id")
         row.require(*names)
         question, answer, identity = names
@@ -47,9 +50,9 @@ def aime24(source: Path | None, limit: int | None, tokenizer: Any = None) -> Tas
 
 
 def math500(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """Formulas, compared by Math-Verify; graded in the main thread only."""
+    """Load MATH-500: answers are formulas, compared by Math-Verify. It is graded in the main thread only."""
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         row.require("problem", "answer", "unique_id")
         return Problem(row.label("unique_id"), _question(row.text("problem")), row.text("answer"))
 
@@ -66,9 +69,9 @@ def math500(source: Path | None, limit: int | None, tokenizer: Any = None) -> Ta
 
 
 def gsm8k(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """Numbers, compared exactly; the dataset's solutions end in "#### 72" or "#### 1,234"."""
+    """Load GSM8K: answers are numbers, compared exactly. Its solutions end in "#### 72" or "#### 1,234"."""
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         row.require("question", "answer")
         end = re.search(rf"####\s*\$?({_NUMBER})\s*$", row.text("answer"))
         gold = _plain(end[1]) if end else None
@@ -89,15 +92,16 @@ def gsm8k(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task
 
 
 def number_answer(text: str) -> str | None:
-    r"""The only number of the last box, or without a box the one after the last "answer is", "answer:" or
-    "####".
+    r"""Return the number that a generated text gives as its answer.
 
-    A unit, in words or in \text{}, a currency and thousands separators do not count; of "5 + 13 = 18" only
-    what follows the last "=" does. A number that is merely mentioned is no answer (see `integer_answer`).
+    The answer is the only number in the last box. Without a box, it is the number after the last "answer is",
+    "answer:" or "####". A unit (in words or in \text{}), a currency and thousands separators are left out; of
+    "5 + 13 = 18", only the part after the last "=" is read. A number that is merely mentioned is not an
+    answer (see `integer_answer`).
 
     Returns:
-        without separators, leading zeros, and zeros after the decimal point: equal numbers are equal texts.
-        None for no number or several in the box, such as a fraction.
+        the number without separators, leading zeros and trailing zeros after the decimal point: equal numbers
+        are equal texts. None if the box has no number or several numbers, such as a fraction.
     """
     content = last_box(text)
     if content is None:

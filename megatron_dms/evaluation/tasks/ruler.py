@@ -1,12 +1,13 @@
-"""Long-context tasks in the manner of RULER (arXiv 2404.06654), generated: needles in a haystack, and
-variable tracking. All texts are this project's own, so figures are not comparable with RULER's.
+"""Generated long-context tasks in the manner of RULER: needles in a haystack, and variable tracking.
 
-Problem number i is a function of the seed, i, the options and the tokenizer. Its prompt, as the model gets it
-(of a tokenizer with a chat template: rendered by that), has at most `length` tokens and lacks at most one
-sentence of it. What the model may generate comes on top.
+RULER is arXiv 2404.06654. All texts are this project's own, so figures are not comparable with RULER's.
 
-A chain is correct if it names all that is asked for, as in RULER; naming more is not held against it. Of a
-text with </think> only what follows the last one counts.
+Problem number i is a function of the seed, i, the options and the tokenizer. The prompt as the model gets it
+(rendered by the chat template, if the tokenizer has one) has at most `length` tokens, and one more sentence
+would not fit. The tokens that the model generates come on top.
+
+A chain is correct if it names everything that is asked for, as in RULER; naming more does no harm. If the
+text has a </think>, only the part after the last </think> counts.
 """
 
 import random
@@ -21,7 +22,7 @@ from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grade
 from megatron_dms.inference.prompts import Prompt
 
 PROBLEMS = 100
-"""Made if no limit is given."""
+"""Number of problems that are generated if no limit is given."""
 FIND = "Some secret numbers are hidden in the following text. Remember them.\n\n{text}\n\n{question}"
 TRACK = (
     "Some variables are assigned in the following text, by a number or by another variable. Remember the "
@@ -41,14 +42,17 @@ def ruler_niah(
     asked: int = 1,
     seed: int = 0,
 ) -> Task:
-    """Numbers of seven digits, each hidden under a key of its own.
+    """Generate texts that hide numbers of seven digits, each under a key of its own.
 
     Args:
         tokenizer: required.
-        length: of a prompt, in tokens.
-        needles: how many are hidden; those not asked for are distractors.
-        asked: how many of them the question is about.
-        seed: see above.
+        length: most tokens of a prompt.
+        needles: how many numbers are hidden; numbers that are not asked for are distractors.
+        asked: how many of the numbers the question is about.
+        seed: decides all texts, see above.
+
+    Raises:
+        ValueError: an argument is missing or out of range, or `length` is too short for the question.
     """
     if not 1 <= asked <= needles:
         raise ValueError(f"found asked {asked}, needles {needles}; expected 1 <= asked <= needles")
@@ -79,14 +83,17 @@ def ruler_vt(
     hops: int = 4,
     seed: int = 0,
 ) -> Task:
-    """Variables that got their value from one another: all `hops` + 1 names that hold a number are asked for.
+    """Generate assignments of variables to variables; all `hops` + 1 names that hold a number are asked for.
 
     Args:
         tokenizer: required.
-        length: of a prompt, in tokens.
-        chains: of assignments; all but one are distractors.
-        hops: assignments from variable to variable in each.
-        seed: see above.
+        length: most tokens of a prompt.
+        chains: number of chains of assignments; all chains but one are distractors.
+        hops: number of assignments from variable to variable in each chain.
+        seed: decides all texts, see above.
+
+    Raises:
+        ValueError: an argument is missing or out of range, or `length` is too short for the question.
     """
     if chains < 1 or hops < 1:
         raise ValueError(f"found chains {chains}, hops {hops}; expected at least 1 of each")
@@ -98,7 +105,7 @@ def ruler_vt(
             if name not in names:
                 names.append(name)
         values = [str(value) for value in rng.sample(range(10_000, 100_000), chains)]
-        # Each chain in order, the chains shuffled into one another.
+        # The assignments of each chain stay in order; the chains are shuffled into one another.
         turns = rng.sample([chain for chain in range(chains) for _ in range(hops + 1)], len(names))
         said = [0] * chains
         hidden = []
@@ -124,11 +131,12 @@ def _task(
     make: Callable[[random.Random], tuple[list[str], str, str, list[str]]],
     pattern: re.Pattern[str],
 ) -> Task:
-    """
+    """Generate the problems of a task.
+
     Args:
-        make: draws the sentences to hide in their order, the question, the beginning of the answer (for
-            prompts without a chat template), and the answers.
-        pattern: what an answer looks like.
+        make: draws the sentences to hide, in their order; the question; the beginning of the answer, for
+            prompts without a chat template; and the answers.
+        pattern: matches anything that may be an answer.
     """
     if source is not None:
         raise ValueError(f"task {name}: found source {source}, expected none: its problems are generated")
@@ -170,7 +178,7 @@ class _Haystack:
     ) -> None:
         self.identity, self.rng, self.hidden = identity, rng, hidden
         self.frame, self.question, self.answer, self.tokenizer = frame, question, answer, tokenizer
-        self.depths = sorted(rng.random() for _ in hidden)  # their places, as shares of the text
+        self.depths = sorted(rng.random() for _ in hidden)  # places of the sentences, as shares of the text
         self.filler: list[str] = []
 
     def content(self, sentences: int) -> str | list[dict[str, str]]:
@@ -191,12 +199,13 @@ class _Haystack:
 
 
 def _most_sentences(tokens: Callable[[int], int], length: int, identity: str) -> int:
-    """The most sentences whose prompt has at most `length` tokens.
+    """Return the largest number of sentences whose prompt has at most `length` tokens.
 
-    A search that expects tokens to grow evenly: a long prompt takes a while to encode.
+    The search expects the tokens to grow evenly with the sentences, because a long prompt takes a while to
+    encode.
 
     Raises:
-        ValueError: the prompt has more tokens without any.
+        ValueError: the prompt has more tokens even without a sentence.
     """
     fewest = tokens(0)
     if fewest > length:
@@ -204,7 +213,7 @@ def _most_sentences(tokens: Callable[[int], int], length: int, identity: str) ->
             f"{identity}: found length {length}, expected at least the {fewest} tokens without filler"
         )
     low, low_tokens, high = 0, fewest, None
-    each = 16.0  # tokens of a sentence, a guess
+    each = 16.0  # tokens of a sentence; a first guess
     while high is None or high - low > 1:
         guess = low + max(int((length - low_tokens) / each), 1)
         if high is not None:

@@ -40,15 +40,15 @@ _THING = (
 
 
 def sentence(rng: random.Random) -> str:
-    """One of some thirty thousand."""
+    """Draw one of about thirty thousand sentences."""
     return " ".join(rng.choice(part) for part in (_WHO, _WHAT, _WHERE, _WHEN)) + "."
 
 
 def keys(rng: random.Random, count: int) -> list[str]:
-    """Different names such as amber-anvil, of words that no sentence has.
+    """Draw different names such as amber-anvil, made of words that no sentence has.
 
     Raises:
-        ValueError: there are not that many.
+        ValueError: there are fewer names than `count`.
     """
     most = len(_QUALITY) * len(_THING)
     if count > most:

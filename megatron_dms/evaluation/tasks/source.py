@@ -1,12 +1,14 @@
-"""Where a dataset's rows come from: a file, a folder as `huggingface-cli download --local-dir` leaves it, or
-the hub."""
+"""Find the rows of a dataset: in a file, in a folder, or on the hub.
+
+A folder is laid out as `huggingface-cli download --local-dir` writes it.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dms.evaluation.tasks.dataset_files import FORMATS, Row, read_rows
+from megatron_dms.evaluation.tasks.dataset_files import FORMATS, DatasetRow, read_rows
 
 _SPLITS = {
     "train": ("train",),
@@ -19,41 +21,43 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})((?:-[0-9a-f]{16})?\.parquet)$")
 
 @dataclass(frozen=True)
 class Dataset:
-    """On the hub."""
+    """A dataset's place on the hub."""
 
     repository: str
     split: str
     """One of the keys of _SPLITS."""
     config: str | None = None
-    """The hub's name of one of several datasets in it: a folder, or the beginning of a file's name."""
+    """The hub's name for one of several datasets in a repository: a folder, or the beginning of file
+    names."""
 
-    def rows(self, source: Path | None) -> Iterator[Row]:
-        """
+    def rows(self, source: Path | None) -> Iterator[DatasetRow]:
+        """Return the rows of the split.
+
         Args:
-            source: a file, or a folder; None for the hub.
+            source: a file or a folder; None for the hub.
 
         Raises:
-            ValueError: as `find_files` and `rows.read_rows`; the hub cannot be reached.
+            ValueError: the hub cannot be reached, and as `find_files` and `read_rows`.
         """
         if source is None:
             return self._from_hub()
         return read_rows(find_files(source, self.split, self.config))
 
-    def _from_hub(self) -> Iterator[Row]:
+    def _from_hub(self) -> Iterator[DatasetRow]:
         try:
             from datasets import load_dataset
         except ImportError as error:
             raise ValueError(f"{self.repository} needs `pip install datasets`, or give a folder") from error
         try:
             loaded = load_dataset(self.repository, self.config, split=self.split)
-        except Exception as error:  # of five libraries: offline, gated, no such name, a broken download
+        except Exception as error:  # five libraries raise here: offline, gated, unknown name, broken download
             raise unreachable(self.repository, error) from error
         for number, fields in enumerate(loaded):
-            yield Row(f"{self.repository}, row {number + 1}", number, dict(fields))
+            yield DatasetRow(f"{self.repository}, row {number + 1}", number, dict(fields))
 
 
 def unreachable(repository: str, error: Exception) -> ValueError:
-    """To be raised; on one line, as the libraries' own messages are long."""
+    """Return an error to raise. Its message is one line: the libraries' own messages are long."""
     reason = " ".join(str(error).split())[:200]
     return ValueError(
         f"{repository} cannot be loaded from the hub ({type(error).__name__}: {reason}); download it with "
@@ -62,19 +66,20 @@ def unreachable(repository: str, error: Exception) -> ValueError:
 
 
 def find_files(source: Path, split: str, config: str | None = None) -> list[Path]:
-    """The file of a split, or its shards in order.
+    """Return the file of a split, or the shards of the split in order.
 
-    A file is taken as it is. In a folder, the files of the config are looked at: those in a folder of that
-    name, and those whose name begins with it. Of these, the ones count whose name has the split as one of its
-    words, such as test-00000-of-00001.parquet or gsm8k_test.jsonl; if none does, one that names no split.
-    If nothing is of the config, `source` may be the config's own folder: files right in it that name the
-    split. One that does not may well be of another config, such as gpqa_main.csv for gpqa_diamond.
+    A file is taken as it is. In a folder, the candidates are the files of the config: files in a folder with
+    the config's name, and files whose name begins with that name. The split is taken from the candidates that
+    have the split as a word of their name, such as test-00000-of-00001.parquet or gsm8k_test.jsonl; if there
+    is none, from the candidates that name no split. If the folder has no file of the config, the folder may
+    be the config's own folder; then only files directly in the folder that name the split are taken. A file
+    that does not name the split may belong to another config, such as gpqa_main.csv for gpqa_diamond.
 
     Args:
         split: one of the keys of _SPLITS.
 
     Raises:
-        ValueError: nothing is there or fits, several files do, or a shard is missing.
+        ValueError: no file fits, several files fit, or a shard is missing.
     """
     if source.is_file():
         return [source]
@@ -93,10 +98,10 @@ def find_files(source: Path, split: str, config: str | None = None) -> list[Path
 
 
 def data_files(folder: Path) -> list[Path]:
-    """All files of a known format in a folder and those in it, by name.
+    """Return all files of a known format in a folder and in the folders below, sorted by name.
 
     Raises:
-        ValueError: the folder is none, or has no such file.
+        ValueError: the folder does not exist or has no such file.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; expected a file or a folder")
@@ -104,7 +109,7 @@ def data_files(folder: Path) -> list[Path]:
     files = [
         file
         for file in files
-        # .cache is where the download keeps its own records.
+        # The download keeps its own records in .cache.
         if not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and file.name not in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
     ]
@@ -128,7 +133,7 @@ def _names(files: Sequence[Path], folder: Path) -> str:
 
 
 def _shards(files: list[Path]) -> list[Path] | None:
-    """A single file, or all the shards of one; None for several.
+    """Return a single file, or all shards of one file; None if the files are several.
 
     Raises:
         ValueError: a shard is missing.

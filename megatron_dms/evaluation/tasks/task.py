@@ -1,4 +1,4 @@
-"""What all tasks share: problems, and grades of the W chains that answer one."""
+"""What all tasks share: problems, and the grades of the W chains that answer a problem."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,38 +10,38 @@ from megatron_dms.evaluation.statistics import majority_vote
 
 @dataclass(frozen=True)
 class Problem:
-    """One question; either `messages` or `prompt` is what the model is given."""
+    """One question. The model is given either `messages` or `prompt`."""
 
     id: str
     messages: list[dict[str, str]]
-    """A chat that ends with the user's turn; empty if `prompt` is given."""
+    """A chat that ends with the user's turn; empty if there is a `prompt`."""
     gold: Any
-    """What the task grades by."""
+    """The right answer, in the form that the task's grader needs."""
     prompt: str | None = None
-    """A text to continue, of tasks for models without a chat template."""
+    """A text to continue, for models without a chat template."""
 
     @property
     def content(self) -> str | list[dict[str, str]]:
-        """As `prompts.Prompt` takes it."""
+        """The question as inference/prompts.py takes it."""
         return self.messages if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True)
 class Graded:
-    """One chain."""
+    """The grade of one chain."""
 
     answer: str | None
-    """What was found in the text; None for no answer, which is never correct."""
+    """The answer that was found in the text; None if there is no answer, which is never correct."""
     correct: bool
 
 
 @dataclass(frozen=True)
 class Grades:
-    """The W chains of a problem, in their order."""
+    """The grades of the W chains of a problem, in the order of the chains."""
 
     chains: list[Graded]
     classes: list[int | None]
-    """Equal for equal answers, None for none: what `statistics.majority_vote` takes."""
+    """Equal numbers for equal answers, None for no answer; `statistics.majority_vote` takes them."""
 
     @property
     def correct(self) -> list[bool]:
@@ -50,19 +50,21 @@ class Grades:
 
 @dataclass(frozen=True)
 class Task:
+    """Problems, and how answers to them are graded."""
+
     name: str
     by_vote: bool
-    """True: a problem counts as solved if the majority vote of its chains is correct. False (code, where
-    answers cannot be compared): if any chain is."""
+    """When a problem counts as solved. True: the majority vote of its chains is correct. False: any chain is
+    correct; this is for code, because programs cannot be compared."""
     problems: list[Problem]
     grader: Callable[[Problem, Sequence[str]], Grades]
 
     def grade(self, problem: Problem, texts: Sequence[str]) -> Grades:
-        """Grade all chains of one problem; mathematics in the main thread only (see `answers`).
+        """Grade all chains of one problem. Mathematics is graded in the main thread only (see answers.py).
 
         Args:
             problem: one of `problems`.
-            texts: [W], what each chain said, without the prompt.
+            texts: [W], the generated text of each chain, without the prompt.
 
         Raises:
             ValueError: there are no texts.
@@ -72,7 +74,7 @@ class Task:
         return self.grader(problem, texts)
 
     def solved(self, grades: Grades) -> bool:
-        """Whether the problem counts as solved, see `by_vote`."""
+        """Whether the problem counts as solved (see `by_vote`)."""
         if not self.by_vote:
             return any(grades.correct)
         chosen = majority_vote(grades.classes)
@@ -85,13 +87,13 @@ def grades_of[T](
     equal: Callable[[T, T], bool] = lambda a, b: a == b,
     show: Callable[[T], str] = str,
 ) -> Grades:
-    """Grades from what was found in each text.
+    """Grade the answers that were found in the texts.
 
     Args:
         answers: [W], None for no answer.
-        right: whether an answer is correct.
-        equal: whether two answers are the same one, for the vote.
-        show: an answer as text.
+        right: tells whether an answer is correct.
+        equal: tells whether two answers are the same, for the vote.
+        show: returns an answer as text.
     """
     chains = [
         Graded(None, False) if answer is None else Graded(show(answer), right(answer)) for answer in answers
@@ -100,5 +102,5 @@ def grades_of[T](
 
 
 def ask(text: str) -> list[dict[str, str]]:
-    """A chat of one question."""
+    """Return a chat that consists of one question."""
     return [{"role": "user", "content": text}]

@@ -1,14 +1,15 @@
-"""Chats in a JSONL file, each with the final answer that the chain must end in: examples/tiny_reasoner's.
+"""Chats in a JSONL file, such as examples/tiny_reasoner writes, each with the answer that a chain must end
+in.
 
-A line is an object with `id`, `messages` (the last of them the assistant's, which is left out of the prompt)
-and `answer`, an integer.
+A line is an object with `id`, `messages` and `answer`, an integer. The last message is the assistant's; it is
+left out of the prompt.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.evaluation.tasks.dataset_files import Row, problems_of, read_rows
+from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of, read_rows
 from megatron_dms.evaluation.tasks.task import Problem, Task, grades_of
 
 # What may follow the answer: the end of the turn, padding, full stops and white space.
@@ -18,10 +19,10 @@ _PADDING = "<pad>"
 
 
 def final_answer(text: str) -> str | None:
-    """The number that a generated text ends in, after "answer"; None where that is missing or cut off.
+    """Return the number after "answer" at the end of a generated text; None if it is missing or cut off.
 
     Args:
-        text: what the model said, with or without special tokens; only the first turn counts.
+        text: the generated text, with or without special tokens; only its first turn counts.
     """
     said = text.split(_END_OF_TURN, maxsplit=1)[0].replace(_PADDING, " ")
     match = _ANSWER.search(said)
@@ -29,16 +30,17 @@ def final_answer(text: str) -> str | None:
 
 
 def tiny_reasoner(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task:
-    """
-    Args:
-        source: the file.
+    """Load the problems of a file.
+
+    Raises:
+        ValueError: there is no such file, or a line is not as described above.
     """
     if source is None or not source.is_file():
         raise ValueError(
             f"found source {source}, expected a JSONL file; examples/tiny_reasoner/problems.py makes one"
         )
 
-    def make(row: Row) -> Problem:
+    def make(row: DatasetRow) -> Problem:
         row.require("id", "messages", "answer")
         answer = row.label("answer")
         if not re.fullmatch(r"-?\d+", answer):
@@ -55,7 +57,7 @@ def tiny_reasoner(source: Path | None, limit: int | None, tokenizer: Any = None)
     )
 
 
-def _asked(row: Row) -> list[dict[str, str]]:
+def _asked(row: DatasetRow) -> list[dict[str, str]]:
     messages = row.get("messages", list)
     parts = ("role", "content")
     for message in messages:

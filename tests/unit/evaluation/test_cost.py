@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dms.evaluation.cost_table import cost_table
 from megatron_dms.evaluation.generation_cost import (
     PER_HEAD,
     Generation,
+    cost_table,
     measure,
     per_head,
     rows_as_json,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dms.evaluation import evaluation_run, runner
+from megatron_dms.evaluation import runner
 from megatron_dms.provenance import made_by
 from tests.support.evaluation_runs import PROBLEMS, Inputs, evaluate, make_inputs, refused, samples
 from tests.support.tools import ROOT, run_python
@@ -98,7 +98,7 @@ def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path,
     """The run is stopped before the first batch, in the middle of a run, and among the last; half a line
     is left. Catches: a random state that goes on from batch to batch, a batch that is generated twice or
     never."""
-    out, generate, made = tmp_path / "out", runner.generate, []
+    out, generate, made = tmp_path / "out", runner.answer_prompts, []
 
     def until(*arguments):
         if len(made) == calls:
@@ -107,14 +107,16 @@ def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path,
         return generate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "generate", until)
+        patch.setattr(runner, "answer_prompts", until)
         done = inputs.run(out)
     assert (done.status, done.errors[-1]) == (130, "interrupted; the samples so far are kept")
     assert done.out == "" and not (out / "results.json").exists()
     if calls:
         latest = max((out / "samples").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         latest.write_bytes(latest.read_bytes() + b'{"id": "heldout-3-')
-    monkeypatch.setattr(runner, "generate", lambda *arguments: (made.append(1), generate(*arguments))[1])
+    monkeypatch.setattr(
+        runner, "answer_prompts", lambda *arguments: (made.append(1), generate(*arguments))[1]
+    )
     done = inputs.run(out)
     assert done.status == 0 and len(made) == 2 * len(FILES)
     assert samples(out) == samples(finished) and results(out) == results(finished)
@@ -227,7 +229,7 @@ def test_makers(inputs: Inputs, finished: Path, tmp_path: Path, monkeypatch) -> 
     """Catches: the first call's commit under a later call's samples, a maker of nothing."""
     out, short = tmp_path / "out", ["--methods", "vanilla", "--budgets", "1-4-1", "--seeds"]
     for commit, seeds in (("one", "0"), ("two", "0"), ("three", "0,1")):
-        monkeypatch.setattr(evaluation_run, "made_by", lambda device, commit=commit: {"commit": commit})
+        monkeypatch.setattr(runner, "made_by", lambda device, commit=commit: {"commit": commit})
         done = inputs.run(out, runs=[*short, seeds])
         assert done.status == 0, done.errors
     makers = json.loads((out / "settings.json").read_text())["made_by"]
@@ -272,12 +274,9 @@ def test_a_model_without_an_end_of_text() -> None:
     class Tokenizer:
         decode = staticmethod(lambda ids, skip_special_tokens: f"{ids}")
 
-    run = runner.Run("vanilla", runner.Run.parse("vanilla-2-2-1-seed0").budget, 0)
-    (found,) = runner._samples(
-        run, [runner.Prompted("p", [1, 2])], 0, [[5, 0], [6, 0]], Model, Tokenizer, 1.0
-    )
-    assert [(chain.text, chain.ended) for chain in found.chains] == [("[5, 0]", False), ("[6]", False)]
-    assert found.batch.decided == 3
+    chains = runner._chains([[5, 0], [6, 0]], Model, Tokenizer)
+    assert [(chain.text, chain.ended) for chain in chains] == [("[5, 0]", False), ("[6]", False)]
+    assert runner._batch(0, 1, 1.0, Model).decided == 3
 
 
 def test_help_needs_no_torch() -> None:

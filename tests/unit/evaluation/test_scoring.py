@@ -9,12 +9,11 @@ from html import unescape
 import pytest
 
 from megatron_dms.evaluation.budgets import METHODS, Budget, Run, plan
-from megatron_dms.evaluation.figures import AXES, draw, mean_gains, svg
-from megatron_dms.evaluation.report import report
+from megatron_dms.evaluation.report import AXES, draw, mean_gains, report, svg
 from megatron_dms.evaluation.samples import Batch, Sample
 from megatron_dms.evaluation.scoring import (
     Difference,
-    Row,
+    MethodScore,
     cells,
     differences,
     score_problems,
@@ -51,7 +50,7 @@ def by_seed() -> dict[int, list[Sample]]:
     }
 
 
-def score(of: Task, method: str, budget: Budget, samples: dict[int, list[Sample]]) -> Row:
+def score(of: Task, method: str, budget: Budget, samples: dict[int, list[Sample]]) -> MethodScore:
     return summarise(score_problems(of, method, budget, samples), samples)
 
 
@@ -131,12 +130,12 @@ def test_everything_evicted_is_no_division_by_zero() -> None:
     assert row.achieved_cr is None and cells(row)["achieved CR"] == "-" and " - " in table([row])
 
 
-def row(method: str, budget: str, cost: float, accuracy: float) -> Row:
+def row(method: str, budget: str, cost: float, accuracy: float) -> MethodScore:
     """Return a row whose costs on the three axes are 1 : 2 : 3, with intervals of 0.1 on either side."""
     known = Estimate(accuracy, accuracy - 0.1, accuracy + 0.1, 7)
     numbers = {"dense_kv_reads": 9.0, "peak_bytes": 9.0, "generated_tokens": 9.0, "truncated": 0.0}
     costs = {"kv_reads": cost, "peak_tokens": 2 * cost, "seconds": 3 * cost, "looping": 0.0}
-    return Row(method, Budget.parse(budget), 2, known, known, known, 2.5, **numbers, **costs)
+    return MethodScore(method, Budget.parse(budget), 2, known, known, known, 2.5, **numbers, **costs)
 
 
 ROWS = [
