@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""OpenR1-Math-220k, the authors' reasoning data -> JSONL for tools/preprocess_data.py.
+"""Turn OpenR1-Math-220k, the authors' reasoning data, into JSONL for tools/preprocess_data.py.
 
     python examples/openr1.py --out data/openr1.jsonl             chats, for models with a chat template
     python examples/openr1.py --out data/openr1-text.jsonl --text plain text, for base models
 
-One line for each answer of DeepSeek-R1 that is complete and that Math-Verify found right ("verified answers",
-DMS paper); a problem may have several. The data set is public: open-r1/OpenR1-Math-220k, config default. The
-last line of the output is JSON: problems, answers, path.
+There is one line for each answer of DeepSeek-R1 that is complete and that Math-Verify found right ("verified
+answers", DMS paper); a problem may have several such answers. The data set is public:
+open-r1/OpenR1-Math-220k, config default. The last line of the output is JSON: problems, answers, path.
 """
 
 import argparse
@@ -27,20 +27,20 @@ _VERDICTS = ("correctness_math_verify", "is_reasoning_complete")
 
 
 def answers(row: DatasetRow) -> Iterator[str]:
-    """The row's verified answers, thoughts included. An answer without a verdict is not verified.
+    """Yield the verified answers of a row, thoughts included. An answer without a verdict is not verified.
 
     Raises:
-        ValueError: a column is missing or of another type; it names the row.
+        ValueError: a column is missing or of another type; the message names the row.
     """
     row.require(*_VERDICTS)
-    verdicts = (row.fields[name] or [] for name in _VERDICTS)  # null, or shorter, in rows never judged
+    verdicts = (row.fields[name] or [] for name in _VERDICTS)  # null or shorter in rows never judged
     for text, *each in zip(row.get("generations", list), *verdicts, strict=False):
         if all(each):
             yield text
 
 
 def line(problem: str, answer: str, text: bool) -> dict[str, object]:
-    """One document."""
+    """Return one document of the JSONL file."""
     if text:
         return {"text": f"{problem}\n\n{answer}"}
     turns = (("user", problem), ("assistant", answer))
@@ -49,16 +49,21 @@ def line(problem: str, answer: str, text: bool) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL, not there yet")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="new JSONL file")
     parser.add_argument(
-        "--source", type=Path, metavar="PATH", help="a file of it, or its folder data (default: the hub)"
+        "--source",
+        type=Path,
+        metavar="PATH",
+        help="a file of the data set, or its folder data (default: the hub)",
     )
-    parser.add_argument("--text", action="store_true", help="problem and answer as one text, no chat")
+    parser.add_argument(
+        "--text", action="store_true", help="write problem and answer as one text and not as a chat"
+    )
     return parser
 
 
 def main() -> int:
-    """The return value is the exit status."""
+    """Write the file and return the exit status."""
     options = _parser().parse_args()
     problems = written = 0
     try:

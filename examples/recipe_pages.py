@@ -1,6 +1,8 @@
 #!/usr/bin/env python
-"""The README of each recipe and the table of them all: settings from the env files, figures from the planner,
-text from recipe.md. So no figure grows old, and a test says when one has.
+"""Make the README of each model's recipes and the table of all recipes.
+
+Settings come from the env files, figures from the planner, text from recipe.md. A test fails if a page is out
+of date.
 
     python examples/recipe_pages.py            name the pages that are out of date; exit status 1 if any is
     python examples/recipe_pages.py --write    write them
@@ -22,13 +24,13 @@ from megatron_dms.planning.job import RECIPES, Layout  # noqa: E402
 from megatron_dms.planning.models import preset  # noqa: E402
 
 PRICE = 2.5
-"""USD for an H100 and hour: assumed, nobody's offer."""
+"""USD for an hour of an H100: an assumption and nobody's offer."""
 _HARNESS = "gsm8k,mmlu,arc_challenge,hellaswag"
 _MARKS = re.compile(r"(<!-- table -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _number(value: float) -> str:
-    """Two digits, or all before the point."""
+    """Return a number with two digits, or with all digits before the point."""
     return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
@@ -37,7 +39,7 @@ def _numbers(values: list[float]) -> str:
 
 
 def layout_text(layout: Layout) -> str:
-    """What is neither 1 nor off."""
+    """Describe a layout by everything that is neither 1 nor off."""
     sizes = (("TP", layout.tp), ("PP", layout.pp), ("CP", layout.cp), ("DP", layout.dp))
     parts = [" × ".join(f"{name} {size}" for name, size in sizes if size > 1)]
     parts += ["SP"] * layout.sp + [f"micro batch {layout.micro}"] * (layout.micro > 1)
@@ -45,7 +47,7 @@ def layout_text(layout: Layout) -> str:
 
 
 def figures(recipe: Recipe) -> dict[str, str]:
-    """What the planner says; in the table of all recipes too."""
+    """Return the planner's figures; they are also in the table of all recipes."""
     plan, steps = recipe.plan, list(recipe.steps.values())
     devices = [plan.device_hours(count) for count in steps]
     return {
@@ -60,7 +62,7 @@ def figures(recipe: Recipe) -> dict[str, str]:
 
 
 def settings(recipe: Recipe) -> dict[str, str]:
-    """What the env file says."""
+    """Return the settings of the env file."""
     flags, dms = recipe.flags, recipe.dms
     trained = {"all": "all weights", "predictor": "the predictor alone"}[dms.train]
     return {
@@ -80,7 +82,7 @@ def settings(recipe: Recipe) -> dict[str, str]:
 
 
 def plan_command(recipe: Recipe) -> str:
-    """By which the planner says the same."""
+    """Return the command by which the planner gives the same figures."""
     layout, setting, dms = recipe.layout, recipe.setting, recipe.dms
     words = f"--model {recipe.model.preset} --recipe {recipe.name} --ranks {layout.ranks}"
     words += f" --context {setting.context} --batch {setting.batch} \\\n   "
@@ -129,7 +131,7 @@ def _table(lines: list[list[str]]) -> str:
 
 
 def page(model: Model) -> str:
-    """The README of a model's folder."""
+    """Return the README of a model's folder."""
     recipes = {name: model.recipe(name) for name in RECIPES}
     columns = [settings(recipe) | figures(recipe) for recipe in recipes.values()]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
@@ -158,10 +160,10 @@ def page(model: Model) -> str:
 
 
 def index(text: str) -> str:
-    """The page of all recipes, with its table made anew between the two marks.
+    """Return the page of all recipes, with a new table between its two marks.
 
     Raises:
-        ValueError: it has no such marks.
+        ValueError: the page has no such marks.
     """
     rows = [
         [f"[{model.title}]({model.folder}/README.md)", name, *figures(model.recipe(name)).values()]
@@ -176,13 +178,13 @@ def index(text: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every page as it should be."""
+    """Return every page as it should be."""
     found = {HERE / model.folder / "README.md": page(model) for model in MODELS}
     return found | {HERE / "README.md": index((HERE / "README.md").read_text(encoding="utf-8"))}
 
 
 def main() -> int:
-    """The return value is the exit status."""
+    """Check or write the pages, and return the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the pages that are out of date")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The recipes: a model and an env file, read into what the planner asks for. Arithmetic only, no torch."""
+"""The recipes: a model and an env file, read into the planner's terms. Arithmetic only, no torch."""
 
 import argparse
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ WEIGHT, TRAINED = 2, 12
 
 @dataclass(frozen=True)
 class Model:
-    """What no file of its folder says.
+    """The facts about a model that no file in its folder holds.
 
-    preset: its name in the planner. hub: its name there. data: chat, r1 (a chat whose template drops the
-    thoughts) or text (of a base model). tasks: of tools/evaluate.py; none: lm-evaluation-harness. exclude: a
-    pattern of files not to download.
+    preset: its name in the planner. hub: its name on the hub. data: chat, r1 (a chat whose template drops the
+    thoughts) or text (for base models). tasks: tasks of tools/evaluate.py; without tasks,
+    lm-evaluation-harness is used. exclude: a pattern of files that are not downloaded.
     """
 
     folder: str
@@ -39,17 +39,17 @@ class Model:
 
     @property
     def local(self) -> str:
-        """Its folder in hf/."""
+        """The name of its folder in hf/."""
         return self.hub.partition("/")[2]
 
     def recipe(self, name: str) -> "Recipe":
-        """name: paper or adapter."""
+        """Read a recipe of this model; `name` is paper or adapter."""
         return read_recipe(HERE / self.folder / f"{name}.env", self)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One env file, read. flags: those of pretrain_dms.py that are asked for here."""
+    """The content of an env file. flags: the flags of pretrain_dms.py that the pages show."""
 
     model: Model
     name: str
@@ -61,17 +61,17 @@ class Recipe:
 
     @property
     def plan(self) -> Plan:
-        """On H100s, whether or not it fits."""
+        """The plan on H100s, whether or not it fits into memory."""
         return plan_layout(self.setting, self.layout, DEVICES["h100"], Assumptions())
 
     @property
     def steps(self) -> dict[int, int]:
-        """CR -> training steps until then."""
+        """Training steps up to each CR."""
         return {cr: steps_to(cr, self.dms.steps_per_cr, self.dms.zeroing_steps) for cr in RATIOS}
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of one checkpoint."""
+        """Size of one training checkpoint."""
         model = self.setting.model
         predictors = model.layers * model.predictor_parameters() if self.setting.recipe.linear else 0
         trained = model.parameters() if self.setting.recipe.trains_all else predictors
@@ -79,17 +79,18 @@ class Recipe:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """NAME=value of an env file without mistakes, as launch/settings.sh reads it (a test compares them)."""
+    """Read NAME=value from an env file without mistakes, as launch/settings.sh does (a test compares
+    both)."""
     lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     pairs = (line.split("=", 1) for line in lines if line.strip() and not line.startswith("#"))
     return {name: value.strip() for name, value in pairs}
 
 
 def read_recipe(path: Path, model: Model) -> Recipe:
-    """An env file named after its recipe.
+    """Read an env file that is named after its recipe.
 
     Raises:
-        ValueError: its DMS settings are invalid, or another recipe's.
+        ValueError: its DMS settings are invalid, or belong to another recipe.
     """
     settings = read_env(path)
     words, nodes = settings["TRAIN_ARGS"].split(), int(settings["NODES"])

@@ -1,7 +1,7 @@
 """Score generated texts by exact match of their final answer.
 
-The chain of thought ends with "answer 3". Text after the end-of-turn token, or a text that was cut off before
-the final line, must not count, so the line has to be the last thing said.
+A chain of thought ends with a line such as "answer 3". This line has to be the end of the turn: text after
+the end-of-turn token does not count, nor does a text that was cut off before this line.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from megatron_dms.evaluation.tasks.tiny_reasoner import final_answer as extract_
 
 
 def exact_match(texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
-    """Whether each generated text ends in its problem's answer.
+    """Return whether each generated text ends in its problem's answer.
 
     Raises:
         ValueError: the two sequences differ in length.
@@ -21,5 +21,5 @@ def exact_match(texts: Sequence[str], answers: Sequence[str]) -> list[bool]:
 
 
 def standard_error(accuracy: float, count: int) -> float:
-    """The binomial standard error of an accuracy measured on `count` problems."""
+    """Return the binomial standard error of an accuracy that was measured on `count` problems."""
     return (accuracy * (1.0 - accuracy) / count) ** 0.5

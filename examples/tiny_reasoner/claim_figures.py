@@ -1,4 +1,4 @@
-"""Pictures of the claims, from their results. Error bars are standard deviations over seeds."""
+"""Draw the pictures of the claims from their results. Error bars are standard deviations over seeds."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +14,17 @@ _CRS = ("4", "8")
 
 
 def draw(claim: str, result: dict[str, Any], path: Path) -> None:
-    """Into a PNG."""
+    """Draw the picture of a claim's results into a PNG file."""
     figure_of(claim, result).savefig(path, dpi=110)
 
 
 def figure_of(claim: str, result: dict[str, Any]) -> Figure:
-    """The picture of a claim's results."""
+    """Return the picture of a claim's results."""
     return _DRAWINGS[claim](result)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; 0 for one seed."""
+    """Return mean and standard deviation; the deviation of a single seed is 0."""
     return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
@@ -117,9 +117,12 @@ def _methods(result: dict[str, Any]) -> Figure:
     for axes, (cost, label) in zip(panels, labels, strict=True):
         for (method, budget), rows in by_key.items():
             chains, _, cr = budget.split("-")
-            style = {"fmt": {"1": "o", "4": "s", "8": "D"}[cr], "color": f"C{METHODS.index(method)}"}
+            style: dict[str, Any] = {
+                "fmt": {"1": "o", "4": "s", "8": "D"}[cr],
+                "color": f"C{METHODS.index(method)}",
+            }
             accuracy = [row["accuracy"]["mean"] for row in rows]
-            _point(axes, [row[cost] for row in rows], accuracy, markersize=5, **style)
+            _point(axes, [row[cost] for row in rows], accuracy, markersize=5, fmt=marker, color=colour)
             x, y = mean(row[cost] for row in rows), 100 * mean(accuracy)
             axes.annotate(chains, (x, y), (4, 4), textcoords="offset points", fontsize=7)
         for method in methods:
@@ -129,8 +132,8 @@ def _methods(result: dict[str, Any]) -> Figure:
                 if of == method
             ]
             front = pareto_front(found)
-            style = {"color": f"C{METHODS.index(method)}", "alpha": 0.6, "label": method}
-            axes.plot([point.cost for point in front], [point.accuracy for point in front], **style)
+            costs, accuracies = [point.cost for point in front], [point.accuracy for point in front]
+            axes.plot(costs, accuracies, color=f"C{METHODS.index(method)}", alpha=0.6, label=method)
         for marker, name in (("o", "CR 1"), ("s", "CR 4"), ("D", "CR 8")):
             axes.plot([], [], marker, color="grey", label=name)
         axes.set(xscale="log", xlabel=f"{label} (pairs, mean of layers and KV heads)", ylim=(0, 100))

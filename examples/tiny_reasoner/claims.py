@@ -5,11 +5,11 @@
     python examples/tiny_reasoner/claims.py methods     DMS, TOVA, H2O, Quest, window, vanilla (Figure 3)
     python examples/tiny_reasoner/claims.py where       where the cache is spent (Figure 6)
     python examples/tiny_reasoner/claims.py ablations   predictor, what is trained, lag, window, KL, steps
-    python examples/tiny_reasoner/claims.py long        students that come back to their teacher; hours
+    python examples/tiny_reasoner/claims.py long        students that regain their teacher's accuracy; hours
 
-Each trains what it needs and is not yet in --work, measures, and writes CLAIM.json and CLAIM.png to --out.
-Trials are shared between claims (trials.py), and an interrupted claim goes on where it was. What came out,
-and how long it took: docs/experiments.md.
+Each claim trains the trials that it needs and that --work does not hold yet, measures them, and writes
+CLAIM.json and CLAIM.png to --out. Claims share their trials (trials.py), and an interrupted claim goes on
+where it stopped. docs/experiments.md has the results and the times.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from megatron_dms.provenance import made_by
 
 HERE = Path(__file__).resolve().parent
 SEEDS = [1, 2, 3]
-PROBLEMS = 300  # held-out ones of every measurement, but for `methods`
+PROBLEMS = 300  # held-out problems of every measurement except `methods`
 METHODS = ("vanilla", "dms", "tova", "h2o", "quest", "window")
 BUDGETS = [f"{chains}-192-{cr}" for cr in (1, *ENDS) for chains in (1, 2, 4)]
 METHODS_PROBLEMS = 100
@@ -49,25 +49,26 @@ WHERE_PROBLEMS = 100
 
 
 def delayed(options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy along the ladder of CRs, of one run each: the pair is judged when it is made, or when it
-    leaves the window."""
+    """Measure accuracy along the ladder of CRs when a pair is judged at once and when it leaves the
+    window."""
     return {"teacher": _teacher(options), "trials": _trials(("dms", "immediate"), options)}
 
 
 def data(options: argparse.Namespace) -> dict[str, Any]:
-    """The ladder climbed with fewer and with more steps."""
+    """Climb the ladder with fewer and with more steps."""
     names = ("steps-10", "dms", "steps-60", "dmc-10", "dmc-30", "dmc-60")
     return {"teacher": _teacher(options), "trials": _trials(names, options)}
 
 
 def ablations(options: argparse.Namespace) -> dict[str, Any]:
-    """One setting changed at a time."""
+    """Change one setting at a time."""
     names = [name for name in TRIALS if not name.startswith("dmc")]
     return {"teacher": _teacher(options), "trials": _trials(names, options)}
 
 
 def where(options: argparse.Namespace) -> dict[str, Any]:
-    """Share of pairs kept, by layer and KV head, and by position in the text, over solved problems."""
+    """Measure the share of pairs kept by layer and KV head, and by position in the text, on solved
+    problems."""
     from where import kept_fractions
 
     _trials(("dms",), options)
@@ -80,12 +81,12 @@ def where(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def long(options: argparse.Namespace) -> dict[str, Any]:
-    """Accuracy along the ladder with 13 times the training tokens per unit of CR."""
+    """Measure accuracy along the ladder with 13 times the training tokens per unit of CR."""
     return {"teacher": _teacher(options), "trials": _trials(options.trials or ("long-4",), options)}
 
 
 def methods(options: argparse.Namespace) -> dict[str, Any]:
-    """tools/evaluate.py at budgets W-L-CR; each seed has its own DMS models and its own samples."""
+    """Run tools/evaluate.py at budgets W-L-CR; each seed has DMS models and samples of its own."""
     _trials(("dms",), options)
     problems = problems_file(options.work, METHODS_PROBLEMS)
     seeds = {}
@@ -121,34 +122,34 @@ def _trials(names: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _teacher(options: argparse.Namespace) -> dict[str, float]:
-    """The base model on the same problems."""
+    """Measure the base model on the same problems."""
     return measure_teacher(options.work, PROBLEMS)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="The paper's claims in miniature.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("claim", choices=CLAIMS, help="which one")
+    parser.add_argument("claim", choices=CLAIMS, help="the claim to test")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=SEEDS, help="of data order, noise and sampling"
+        "--seeds", type=int, nargs="+", default=SEEDS, help="seeds of data order, noise and sampling"
     )
-    parser.add_argument("--trials", nargs="+", choices=LONG_TRIALS, help="of claim long: which ladders")
-    parser.add_argument("--jobs", type=int, default=2, help="retrofits at a time, one CPU core each")
+    parser.add_argument("--trials", nargs="+", choices=LONG_TRIALS, help="the ladders of claim long")
+    parser.add_argument("--jobs", type=int, default=2, help="retrofits that run at a time, one CPU core each")
     parser.add_argument("--work", type=Path, default=Path("out/claims"), help="folder of all trials")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of results and pictures")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Test one claim; ends with one JSON line."""
+    """Test one claim and end with one JSON line."""
     options = parse_arguments(argv)
     if options.jobs < 1 or len(set(options.seeds)) < len(options.seeds):
         print("claims.py: --jobs must be 1 or more, and no seed may come twice", file=sys.stderr)
         return 2
     installed = Path(megatron_dms.__file__).resolve().parents[1]
-    if installed != ROOT:  # training would run the code of one checkout, measuring that of another
+    if installed != ROOT:  # training would run this checkout's code and measuring the other's
         print(f"claims.py: megatron_dms is imported from {installed}, not from {ROOT}", file=sys.stderr)
         return 2
     options.work = options.work.resolve()

@@ -1,6 +1,6 @@
 """Compare a teacher with its retrofitted students: accuracy, compression, KV reads, peak cache.
 
-Everything is measured while the models generate greedily with hard eviction, in left-padded batches.
+All figures are measured while the models generate greedily with hard eviction, in left-padded batches.
 
 Run: python examples/tiny_reasoner/compare.py --teacher BASE --student cr4=DIR --student cr8=DIR --out DIR
 """
@@ -14,14 +14,17 @@ from typing import Any
 from answers import exact_match, standard_error
 from measure import BATCH, HELDOUT_SEED, greedy_texts, heldout_problems
 
+from megatron_dms.evaluation.statistics import decisions
 from megatron_dms.inference.baselines import load_plain
 from megatron_dms.inference.loading import load_model, load_tokenizer
+from megatron_dms.text_table import RULE, text_table
 
 PICTURE = "accuracy_vs_kv_reads.png"
 
 
 def measure_folder(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """As `measure_model`: an exported checkpoint by its own code, a plain one over the same cache."""
+    """Load a model and measure it. An exported checkpoint runs its own code, a plain one uses the same
+    cache."""
     exported = "auto_map" in json.loads((folder / "config.json").read_text())
     model = (
         load_model(folder, "float32", "cpu", "torch") if exported else load_plain(folder, "float32", "cpu")
@@ -30,11 +33,11 @@ def measure_folder(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str
 
 
 def measure_model(model: Any, tokenizer: Any, problems: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Accuracy and cost of one model.
+    """Measure accuracy and cost of one model.
 
     Returns:
         accuracy and its standard error; achieved_cr = 1 / (1 - mean decision) over all pairs; kv_reads per
-        problem and peak_tokens in the cache, both in pairs averaged over layers and KV heads.
+        problem and peak_tokens in the cache, both as numbers of pairs averaged over layers and KV heads.
     """
     texts: list[str] = []
     reads: list[float] = []
@@ -46,8 +49,8 @@ def measure_model(model: Any, tokenizer: Any, problems: Sequence[dict[str, Any]]
         stats = model.last_kv_stats
         reads += stats.kv_reads
         peaks += stats.peak_tokens
-        decisions = sum(max(seen - model.dms_settings.lag, 0) for seen in stats.tokens_seen)
-        evicted, decided = evicted + stats.evicted_fraction * decisions, decided + decisions
+        count = decisions(stats.tokens_seen, model.dms_settings.lag)
+        evicted, decided = evicted + stats.evicted_fraction * count, decided + count
     hits = exact_match(texts, [problem["answer"] for problem in problems])
     accuracy = sum(hits) / len(hits)
     return {
@@ -60,20 +63,17 @@ def measure_model(model: Any, tokenizer: Any, problems: Sequence[dict[str, Any]]
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The comparison as text, one model a line."""
-    head = f"{'model':<8} {'accuracy':>16} {'achieved CR':>12} {'KV reads':>10} {'peak tokens':>12}"
-    lines = [head, "-" * len(head)]
+    """Return the comparison as text, with one line for each model."""
+    lines = [["model", "accuracy", "achieved CR", "KV reads", "peak tokens"], RULE]
     for name, row in results.items():
         accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
-        lines.append(
-            f"{name:<8} {accuracy:>16} {row['achieved_cr']:>12.2f} {row['kv_reads']:>10.0f} "
-            f"{row['peak_tokens']:>12.1f}"
-        )
-    return "\n".join(lines)
+        costs = [f"{row['achieved_cr']:.2f}", f"{row['kv_reads']:.0f}", f"{row['peak_tokens']:.1f}"]
+        lines.append([name, accuracy, *costs])
+    return text_table(lines, align="<>")
 
 
 def draw(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Accuracy against KV reads, with standard errors."""
+    """Draw accuracy against KV reads, with standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
@@ -96,7 +96,7 @@ def draw(results: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def compare(models: dict[str, Path], count: int, seed: int, out: Path) -> dict[str, dict[str, float]]:
-    """Measure each model on the same held-out problems; print the table, write the picture."""
+    """Measure each model on the same held-out problems, print the table and write the picture."""
     problems = heldout_problems(count, seed)
     results = {}
     for name, folder in models.items():
@@ -109,14 +109,14 @@ def compare(models: dict[str, Path], count: int, seed: int, out: Path) -> dict[s
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Accuracy and KV cost of a teacher and its retrofitted students on held-out problems.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--teacher", type=Path, required=True, help="HF folder of the dense model")
     parser.add_argument(
-        "--student", action="append", default=[], help="NAME=DIR, an exported DMS model; repeatable"
+        "--student", action="append", default=[], help="NAME=DIR, an exported DMS model; may be repeated"
     )
     parser.add_argument("--count", type=int, default=500, help="held-out problems")
     parser.add_argument("--seed", type=int, default=HELDOUT_SEED, help="seed of the held-out problems")
@@ -125,7 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare and end with one JSON line."""
+    """Compare the models and end with one JSON line."""
     args = parse_arguments(argv)
     students = {name: Path(folder) for name, folder in (item.split("=", 1) for item in args.student)}
     print(json.dumps(compare({"teacher": args.teacher, **students}, args.count, args.seed, args.out)))

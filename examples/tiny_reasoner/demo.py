@@ -1,8 +1,8 @@
-"""The whole way, from a fresh clone, on a CPU: import, retrofit on four ranks, export, generate, compare.
+"""Run everything from a fresh clone on a CPU: import, retrofit on four ranks, export, generate, compare.
 
-The tiny reasoner is imported into Megatron (TP 2 x PP 2 from here on), its borrowed query channel is faded
-out, and it learns to evict, CR 4 first and CR 8 later in the same run. Both checkpoints are exported to HF
-format and answer held-out problems with hard eviction, beside the teacher.
+The tiny reasoner is imported into Megatron (TP 2 x PP 2 from here on). Its borrowed query channel fades out,
+and the model learns to evict: CR 4 first, and CR 8 later in the same run. Both checkpoints are exported to HF
+format and answer held-out problems with hard eviction, and so does the teacher without eviction.
 
 Run: make demo, or python examples/tiny_reasoner/demo.py --out out/demo
 """
@@ -38,7 +38,7 @@ SHORT = Size(Retrofit(zeroing_steps=4, steps_per_cr=4), train_problems=64, heldo
 
 
 def run_demo(out: Path, size: Size) -> dict[str, object]:
-    """Do everything and write `out`/summary.json; -> its content."""
+    """Do everything, write `out`/summary.json and return its content."""
     begin = time.monotonic()
     work = out / "work"
     for old in (work, out / "tensorboard"):
@@ -54,7 +54,7 @@ def run_demo(out: Path, size: Size) -> dict[str, object]:
     retrofit = size.retrofit
     _say(f"3/5 retrofit on 4 ranks (TP 2 x PP 2), {retrofit.steps} steps")
     more = {
-        # Both checkpoints lie on multiples of it: the zeroing phase is as long as one unit of CR.
+        # Both checkpoints are at multiples of this, as the zeroing phase is as long as one unit of CR.
         "--save-interval": retrofit.step_of(4),
         "--eval-interval": retrofit.step_of(4),
         "--eval-iters": 2,

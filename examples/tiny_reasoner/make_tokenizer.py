@@ -1,7 +1,7 @@
 """Build the tiny reasoner's tokenizer: one token for each word, Hugging Face format, with a chat template.
 
 Words are separated by single spaces, also around special tokens, so decode(encode(text)) gives the text back.
-The template is ChatML with spaces for line breaks; the assistant's words stand between generation markers, so
+The template is ChatML with spaces for line breaks. The assistant's words stand between generation markers, so
 `apply_chat_template(..., return_assistant_tokens_mask=True)` tells which tokens to train on.
 
 Run: python examples/tiny_reasoner/make_tokenizer.py --out examples/tiny_reasoner/base
@@ -41,12 +41,13 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every token in the order of its id."""
+    """Return all tokens in the order of their ids."""
     return [*SPECIAL_TOKENS, *ROLES, *string.digits, *string.ascii_lowercase, *SYMBOLS, *WORDS]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, with padding on the right (training); generation on batches needs it on the left."""
+    """Build the tokenizer. It pads on the right, for training; generation in batches needs padding on the
+    left."""
     tokens = vocabulary()
     word_level = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
     word_level.pre_tokenizer = WhitespaceSplit()
@@ -70,7 +71,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
 
     transformers 5 writes names that version 4 does not know, but still reads version 4's.
     """
-    tokenizer.backend_tokenizer.no_padding()  # else the padding of the last batch is saved with it
+    tokenizer.backend_tokenizer.no_padding()  # otherwise the padding of the last batch is saved too
     tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +85,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Write the tokenizer's files and end with one JSON line."""
     parser = argparse.ArgumentParser(description="Write the tokenizer in Hugging Face format.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into, made where missing")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write into; made if missing")
     args = parser.parse_args(argv)
     tokenizer = build_tokenizer()
     save_tokenizer(tokenizer, args.out)

@@ -17,25 +17,25 @@ from problems import Difficulty, add_difficulty_flags, difficulty_of, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 HELDOUT_SEED = 1000
-# The longest chain of the default difficulty takes 171 tokens; the rest is room for a rambling one.
+# The longest chain of the default difficulty has 171 tokens; the rest is room for a rambling chain.
 MAX_NEW_TOKENS = 224
 BATCH = 128
 
 
 def heldout_problems(count: int, seed: int = HELDOUT_SEED, difficulty: Difficulty | None = None) -> list[Any]:
-    """The first `count` held-out problems of a seed."""
+    """Return the first `count` held-out problems of a seed."""
     return list(itertools.islice(generate("heldout", seed, difficulty), count))
 
 
 @torch.no_grad()
 def greedy_texts(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[dict[str, Any]],
     batch: int = BATCH,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """What the model says to each problem, greedily, special tokens included."""
+    """Return what a transformers model says greedily to each problem, special tokens included."""
     model.eval()
     texts: list[str] = []
     for start in range(0, len(problems), batch):
@@ -57,13 +57,13 @@ def greedy_accuracy(
     problems: Sequence[dict[str, Any]],
     batch: int = BATCH,
 ) -> float:
-    """The share of problems whose generated text ends in the right answer."""
+    """Return the share of problems whose generated text ends in the right answer."""
     hits = exact_match(greedy_texts(model, tokenizer, problems, batch), [p["answer"] for p in problems])
     return sum(hits) / len(hits)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Greedy exact accuracy of a checkpoint on held-out problems.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

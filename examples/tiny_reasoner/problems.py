@@ -2,8 +2,8 @@
 
 A problem lists assignments ("c = a + b") and asks for one variable. The chain of thought walks the program
 line by line and writes every name followed by its value ("c = a 7 + b 4 -> c 1"), so that each step needs
-only the program line and two earlier values. Some values matter many lines later, others never again: the
-pattern that a KV cache which forgets has to find out.
+only the program line and two earlier values. Some values matter many lines later, others never again. A KV
+cache that forgets has to learn this pattern.
 
 Training and held-out problems cannot collide: the split *is* a function of the program's text (`split_of`).
 
@@ -29,7 +29,7 @@ SYSTEM_PROMPT = "work out each line modulo ten , then answer ."
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard a problem is; the defaults are what the committed base model was trained on."""
+    """How hard a problem is. The committed base model was trained with the defaults."""
 
     min_lines: int = 12
     """Fewest lines of a program (constants included)."""
@@ -40,8 +40,8 @@ class Difficulty:
     operations: str = "++--*"
     """Operations to draw from, uniformly; repeat a character to give it more weight."""
     operands: int = 2
-    """Variables that a line combines, from left to right; the value after all of them is one token of
-    thought, so that each more makes a line harder."""
+    """Variables that a line combines from left to right. Only the final value is a token of thought, so each
+    further variable makes a line harder."""
 
     def __post_init__(self) -> None:
         letters = len(string.ascii_lowercase)
@@ -60,7 +60,7 @@ class Difficulty:
 
 
 def apply_operation(left: int, operation: str, right: int) -> int:
-    """The value of `left operation right`, modulo ten."""
+    """Return the value of `left operation right`, modulo ten."""
     if operation == "+":
         return (left + right) % BASE
     if operation == "-":
@@ -71,15 +71,15 @@ def apply_operation(left: int, operation: str, right: int) -> int:
 
 
 def split_of(question: str) -> str:
-    """The split that a question belongs to, from its text alone, so that the two splits are disjoint."""
+    """Return the split of a question. It depends on the text alone, so the two splits are disjoint."""
     digest = hashlib.sha256(question.encode("utf-8")).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
 
 def draw_problem(rng: random.Random, difficulty: Difficulty) -> tuple[str, str, str]:
-    """One random problem: (question, chain of thought, answer), each of words separated by one space."""
+    """Draw a problem: (question, chain of thought, answer), all of them words separated by single spaces."""
     count = rng.randint(difficulty.min_lines, difficulty.max_lines)
-    # Names run on alphabetically from a random letter: which line comes next is trivial, what it says is not.
+    # The names are consecutive letters: the name of the next line is trivial, its content is not.
     start = rng.randrange(len(string.ascii_lowercase) - count + 1)
     names = string.ascii_lowercase[start : start + count]
     values: dict[str, int] = {}
@@ -101,7 +101,8 @@ def draw_problem(rng: random.Random, difficulty: Difficulty) -> tuple[str, str, 
         values[name] = value
         program.append(f"{name} = {said}")
         thoughts.append(f"{name} = {thought} -> {name} {value}")
-    # Asked for: a computed variable of the second half, so often not the last one, yet several steps deep.
+    # The question is about a computed variable of the second half: often not the last one, but several steps
+    # deep.
     asked = names[rng.randrange(max(difficulty.constants, count // 2), count)]
     question = " ; ".join(program) + f" ; what is {asked} ?"
     chain = " ; ".join(thoughts) + f" ; so {asked} {values[asked]} ; answer {values[asked]}"
@@ -109,7 +110,7 @@ def draw_problem(rng: random.Random, difficulty: Difficulty) -> tuple[str, str, 
 
 
 def generate(split: str, seed: int, difficulty: Difficulty | None = None) -> Iterator[dict[str, Any]]:
-    """Endless problems of one split, a function of the arguments only.
+    """Yield problems of one split without end, as a function of the arguments only.
 
     Args:
         split: "train" or "heldout".
@@ -144,18 +145,23 @@ def generate(split: str, seed: int, difficulty: Difficulty | None = None) -> Ite
 
 
 def add_difficulty_flags(parser: argparse.ArgumentParser) -> None:
-    """What says how hard problems are; `difficulty_of` reads them."""
+    """Add the flags that say how hard problems are; `difficulty_of` reads these flags."""
     default = Difficulty()
     add = parser.add_argument
     add("--min-lines", type=int, default=default.min_lines, help="fewest lines of a program")
     add("--max-lines", type=int, default=default.max_lines, help="most lines, at most 26")
     add("--constants", type=int, default=default.constants, help="leading lines, each a digit")
-    add("--operations", default=default.operations, help="operations to draw from; repeated = more often")
+    add(
+        "--operations",
+        default=default.operations,
+        help="operations to draw from; repeat one to draw it more often",
+    )
     add("--operands", type=int, default=default.operands, help="variables that a line combines")
 
 
 def difficulty_of(args: argparse.Namespace) -> Difficulty:
-    """
+    """Return the difficulty that the flags ask for.
+
     Raises:
         ValueError: the flags contradict each other.
     """
@@ -163,7 +169,7 @@ def difficulty_of(args: argparse.Namespace) -> Difficulty:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Write reasoning problems as chat JSONL: id, messages, answer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -177,7 +183,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the file, whole or not at all, and end with one JSON line."""
+    """Write the file, complete or not at all, and end with one JSON line."""
     args = parse_arguments(argv)
     try:
         if args.count < 1:

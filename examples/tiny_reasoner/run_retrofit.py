@@ -1,6 +1,6 @@
-"""One retrofit of a tiny reasoner with pretrain_dms.py, from HF folder to exported ladder of CRs.
+"""Run one retrofit of a tiny reasoner with pretrain_dms.py, from an HF folder to an exported ladder of CRs.
 
-Shared by the demo (four ranks) and by the claims (one rank each, many retrofits).
+The demo uses this with four ranks, the claims for many retrofits with one rank each.
 """
 
 import dataclasses
@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -28,42 +29,43 @@ _TAIL_LINES = 30
 
 @dataclass(frozen=True)
 class Retrofit:
-    """Settings of one retrofit; what is not here is the same for all."""
+    """Settings of one retrofit; all other settings are the same for all retrofits."""
 
     zeroing_steps: int = 60
-    """Steps that fade the borrowed channel out; 0 for the linear predictor."""
+    """Steps in which the borrowed channel fades out; 0 for the linear predictor."""
     steps_per_cr: int = 60
-    """Steps per unit of compression ratio: CR 4 takes 3 of these, CR 8 takes 7."""
+    """Steps per unit of compression ratio: CR 4 takes 3 times as many, CR 8 takes 7 times as many."""
     final_cr: int = 8
     window: int = 16
-    """Tokens; the problems are about 250 tokens long."""
+    """In tokens; the problems are about 250 tokens long."""
     batch: int = 16
     """Samples per step."""
     sequence: int = 288
-    """Tokens; longer than any problem."""
+    """In tokens; longer than any problem."""
     learning_rate: float = 8e-4
-    """Falls linearly to a tenth."""
+    """It falls linearly to a tenth."""
     seed: int = 1234
-    """Of the order of the data and of the noise; the weights start from the base model."""
+    """Seed of the data order and of the noise; the weights start from the base model."""
     flags: dict[str, str | int | float] = field(default_factory=dict)
-    """More flags of pretrain_dms.py."""
+    """Further flags of pretrain_dms.py."""
 
     def step_of(self, cr: int) -> int:
-        """The training step whose checkpoint is the CR-`cr` model."""
+        """Return the training step whose checkpoint is the model at CR `cr`."""
         return self.zeroing_steps + (cr - 1) * self.steps_per_cr
 
     @property
     def steps(self) -> int:
+        """All training steps."""
         return self.step_of(self.final_cr)
 
     def command_line(self) -> list[str]:
-        """What pretrain_dms.py gets, besides folders, data and layout."""
+        """Return the flags of pretrain_dms.py, without folders, data and layout."""
         flags = {
             "--seq-length": self.sequence,
             "--micro-batch-size": self.batch // 2,
             "--global-batch-size": self.batch,
             "--train-iters": self.steps,
-            # Every CR's checkpoint lies on a multiple of this.
+            # The checkpoint of every CR is at a multiple of this.
             "--save-interval": math.gcd(self.zeroing_steps, self.steps_per_cr),
             "--lr": self.learning_rate,
             "--min-lr": self.learning_rate / 10,
@@ -83,18 +85,21 @@ class Retrofit:
         }
         return [str(word) for pair in flags.items() for word in pair]
 
-    def having(self, **changes: object) -> "Retrofit":
-        """The same with other settings; `flags` are added to those there are."""
-        flags = {**self.flags, **changes.pop("flags", {})}
-        return dataclasses.replace(self, flags=flags, **changes)
+    def having(self, flags: Mapping[str, str | int | float] | None = None, **changes: Any) -> "Retrofit":
+        """Return these settings with some of them changed; `flags` are added to the present flags."""
+        return dataclasses.replace(self, flags={**self.flags, **(flags or {})}, **changes)
 
 
-def tokenize(base: Path, prefix: Path, split: str, count: int, seed: int, difficulty: tuple = ()) -> None:
-    """Problems as Megatron's .bin/.idx. All tokens are targets: the base models were trained on all, and
-    prompts keep the fading phase gentle.
+def tokenize(
+    base: Path, prefix: Path, split: str, count: int, seed: int, difficulty: Sequence[object] = ()
+) -> None:
+    """Write problems as Megatron's .bin/.idx.
+
+    All tokens are targets: the base models were trained on all tokens, and the prompts keep the fading phase
+    gentle.
 
     Args:
-        difficulty: more flags of problems.py.
+        difficulty: further flags of problems.py.
     """
     problems = prefix.with_suffix(".jsonl")
     flags = ("--split", split, "--count", count, "--seed", seed, "--out", problems, *difficulty)
@@ -113,19 +118,19 @@ def train(
     more: dict[str, object] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Train, or go on where `run` left off.
+    """Train, or go on at the last checkpoint in `run`.
 
     Args:
-        base: the imported Megatron checkpoint: start and teacher.
-        data: prefix of .bin/.idx.
-        run: folder of checkpoints.
-        log: a file for everything that the run prints; what is there stays.
-        layout: Megatron's flags of parallelism; one process where there are none.
+        base: the imported Megatron checkpoint, both the start and the teacher.
+        data: prefix of the .bin/.idx files.
+        run: folder for checkpoints.
+        log: everything that the run prints is appended to this file.
+        layout: Megatron's flags of parallelism; None for one process.
         more: further flags.
-        progress: gets a text now and then.
+        progress: gets a line of progress now and then.
 
     Raises:
-        SystemExit: the run failed; with the end of its log.
+        SystemExit: the run failed. The message is the end of the log.
     """
     layout = layout or {}
     ranks = math.prod(layout.values())
@@ -148,6 +153,7 @@ def train(
     with log.open("a") as out, subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:  # fmt: skip
+        assert process.stdout is not None, "stdout is a pipe"
         begin = time.monotonic()
         for line in process.stdout:
             out.write(line)
@@ -166,16 +172,16 @@ def _progress_text(logged: re.Match[str], seconds: float) -> str:
 
 
 def export(run: Path, step: int, folder: Path) -> None:
-    """The checkpoint of a step as an HF folder, anew."""
+    """Export the checkpoint of a step as an HF folder; an old folder is removed first."""
     shutil.rmtree(folder, ignore_errors=True)
     python(ROOT / "tools/convert.py", "export", "--hf", folder, "--megatron", run, "--iteration", step)
 
 
 def python(script: Path, *arguments: object) -> str:
-    """Run one of this repository's scripts; -> its stdout.
+    """Run one of this repository's scripts and return its stdout.
 
     Raises:
-        SystemExit: it failed; with all that it printed.
+        SystemExit: the script failed. The message is everything that the script printed.
     """
     done = subprocess.run(
         [sys.executable, str(script), *map(str, arguments)], cwd=ROOT, capture_output=True, text=True

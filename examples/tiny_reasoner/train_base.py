@@ -1,8 +1,9 @@
 """Train the tiny reasoner's base model, a Qwen3 of under a million parameters, on two CPU cores.
 
-Fresh problems at every step; each batch holds one document per row from position 0, padded on the right,
-with the loss on the assistant's tokens or on all. Programs grow from a few lines to full length over the
-first part of the run: on short ones the model finds out how to look values up, and then only stretches it.
+Every step has new problems. Each row of a batch holds one document from position 0 on, padded on the right,
+and the loss is taken on the assistant's tokens or on all tokens. Programs grow from a few lines to full
+length over the first part of the run: on short programs the model learns how to look values up, and later it
+extends this to longer ones.
 
 Run: python examples/tiny_reasoner/train_base.py --out out/base
 The commands that made the committed model are in base/README.md.
@@ -38,7 +39,7 @@ WATCH_SEED = 2000
 
 
 def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """The architecture: GQA with two KV heads and four layers, so that TP 2 and PP 2 both divide it."""
+    """Return the architecture: GQA with two KV heads and four layers, which TP 2 and PP 2 divide evenly."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -57,7 +58,8 @@ def model_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
 
 
 def curriculum(step: int, growing_steps: int, full: Difficulty) -> Difficulty:
-    """The difficulty at a step: program length grows linearly up to the range of `full`, then stays there."""
+    """Return the difficulty at a step: program length grows linearly to the range of `full` and stays
+    there."""
     if step >= growing_steps:
         return full
     longest = SHORTEST + round((full.max_lines - SHORTEST) * step / growing_steps)
@@ -65,7 +67,7 @@ def curriculum(step: int, growing_steps: int, full: Difficulty) -> Difficulty:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to a small share of the peak."""
+    """Return the learning rate: a linear warm-up, then a cosine down to a small share of the peak."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     progress = (step - args.warmup) / max(1, args.steps - args.warmup)
@@ -76,7 +78,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def encode(
     tokenizer: PreTrainedTokenizerBase, problem: dict[str, Any], prompt_too: bool = False
 ) -> tuple[list[int], list[int]]:
-    """(token ids, labels) of one problem; labels of the prompt are ignored unless `prompt_too`."""
+    """Return (token ids, labels) of a problem; without `prompt_too`, the prompt gets no labels."""
     messages = problem["messages"]
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -90,11 +92,11 @@ def encode(
 def batches(
     tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, labels), [rows, tokens] each, of about `args.tokens` tokens."""
+    """Yield (ids, labels) without end: [rows, tokens] each, with about `args.tokens` tokens."""
     step = 0
     while True:
         difficulty = curriculum(step, args.growing_steps, difficulty_of(args))
-        # A seed for each step, so that no step repeats the problems of another one.
+        # Each step has a seed of its own, so no step repeats the problems of another step.
         problems = generate("train", args.seed * args.steps + step, difficulty)
         rows: list[tuple[list[int], list[int]]] = []
         longest = 0
@@ -118,7 +120,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path)
     save_tokenizer(tokenizer, unfinished)
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(unfinished.iterdir()):
-        path.replace(out / path.name)  # other files of the folder, its model card above all, stay
+        path.replace(out / path.name)  # other files in the folder, such as the model card, stay
     unfinished.rmdir()
 
 
@@ -193,13 +195,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Train the tiny reasoner's base model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and tokenizer")
-    parser.add_argument("--init", type=Path, help="checkpoint to start from, else random weights")
+    parser.add_argument("--init", type=Path, help="checkpoint to start from; without it, weights are random")
     parser.add_argument("--stop-after", type=int, help="stop after this step, leaving the schedule as it is")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of the schedule")
     parser.add_argument("--tokens", type=int, default=12288, help="tokens per step, padding included")
@@ -214,7 +216,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--compute",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="type of the matrix products; bfloat16 is twice as fast where the CPU has AVX512-BF16",
+        help="type of the matrix products; bfloat16 is twice as fast if the CPU has AVX512-BF16",
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and problems")
     parser.add_argument("--log-every", type=int, default=50, help="steps between two lines of progress")
@@ -227,7 +229,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train and end with one JSON line."""
+    """Train the model and end with one JSON line."""
     args = parse_arguments(argv)
     positive = ("steps", "tokens", "log_every", "measure_every", "watch", "count", "threads")
     wrong = [name for name in positive if getattr(args, name) < 1]

@@ -1,8 +1,8 @@
-"""Retrofits of the tiny reasoner that the claims need, each with several seeds: trained once, measured, kept.
+"""The retrofits of the tiny reasoner that the claims need, each with several seeds.
 
-A trial's folder WORK/NAME-seedN holds its checkpoints, its log, its exports and measured.json. What is there
-is not done again, and training goes on at its last checkpoint. A folder remembers its settings and refuses
-other ones.
+A trial is trained and measured once, and its folder WORK/NAME-seedN keeps the checkpoints, the log, the
+exports and measured.json. Whatever is in the folder is not done again, and training goes on at the last
+checkpoint. A folder also keeps its settings and refuses other settings.
 """
 
 import json
@@ -20,7 +20,7 @@ from megatron_dms.files import write_durably
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE / "hard_base"
-DIFFICULTY = {"min_lines": 8, "max_lines": 12, "operands": 3}
+DIFFICULTY: dict[str, Any] = {"min_lines": 8, "max_lines": 12, "operands": 3}
 TRAIN_PROBLEMS = 4000
 HELDOUT_SEED = 1000
 
@@ -40,13 +40,13 @@ class Trial:
 
     retrofit: Retrofit
     crs: tuple[int, ...] = ENDS
-    """Of the ladder, those that are measured."""
+    """The compression ratios of the ladder that are measured."""
     train_problems: int = TRAIN_PROBLEMS
     """How many problems the retrofit is trained on."""
 
     @property
     def merges(self) -> bool:
-        """Whether it is DMC."""
+        """Whether the method is DMC."""
         return "--dms-method" in self.retrofit.flags
 
 
@@ -70,11 +70,11 @@ LONG_TRIALS = {
     "long-4": Trial(LONG.having(final_cr=4), (2, 3, 4), LONG_PROBLEMS),
     "long-8": Trial(LONG, (2, 4, 6, 8), LONG_PROBLEMS),
 }
-"""Retrofits that take an hour or more each: students that come back to their teacher."""
+"""Retrofits that take an hour or more each: their students can regain the accuracy of their teacher."""
 
 
 def prepare(work: Path, trials: Iterable[Trial]) -> None:
-    """Training problems as tokens and the base model in Megatron's format, once for all trials."""
+    """Make the training tokens and the base model in Megatron's format, once for all trials."""
     work.mkdir(parents=True, exist_ok=True)
     for count in sorted({trial.train_problems for trial in trials}):
         data = _data_prefix(work, count)
@@ -89,12 +89,12 @@ def _data_prefix(work: Path, count: int) -> Path:
 
 
 def trial_of(name: str) -> Trial:
-    """The trial of a name, a short one or a long one."""
+    """Return the trial with this name, short or long."""
     return (TRIALS | LONG_TRIALS)[name]
 
 
 def problems_file(work: Path, count: int) -> Path:
-    """The first held-out problems as JSONL."""
+    """Write the first held-out problems as JSONL."""
     path = work / f"heldout-{count}.jsonl"
     write_durably(path, "".join(json.dumps(problem) + "\n" for problem in heldout_set(count)))
     return path
@@ -112,15 +112,15 @@ def run_trials(
     jobs: int,
     say: Callable[[str], None],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Train and measure, `jobs` at a time, all trials with one seed before the next seed.
+    """Train and measure, `jobs` trials at a time; all trials with one seed come before the next seed.
 
     Returns:
-        For each name one entry a seed: {"seed", "crs": {"4": figures of compare.measure_model and
+        for each name one entry for each seed: {"seed", "crs": {"4": figures of compare.measure_model and
         "training_tokens"}}.
     """
     prepare(work, map(trial_of, names))
     wanted = [(name, seed) for seed in seeds for name in names]
-    for key in wanted:  # before hours of work
+    for key in wanted:  # a folder with other settings is refused before hours of work
         _settle_trial(*key, work, problems)
     found: dict[tuple[str, int], dict[str, Any]] = {}
     begin = time.monotonic()
@@ -137,16 +137,18 @@ def run_trials(
                 seconds = time.monotonic() - begin
                 say(f"{len(found)} of {len(wanted)}, {seconds:.0f} s: {name}, seed {seed}: {figures}")
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # else the others would go on for hours before it is said
+            pool.shutdown(
+                cancel_futures=True
+            )  # otherwise the other trials would run for hours before the error shows
             raise
     return {name: [found[name, seed] for seed in seeds] for name in names}
 
 
 def run_trial(name: str, seed: int, work: Path, problems: int) -> dict[str, Any]:
-    """One trial with one seed, from wherever it was left.
+    """Run one trial with one seed, and go on where an earlier call stopped.
 
     Raises:
-        ValueError: its folder was made with other settings.
+        ValueError: the trial's folder was made with other settings.
     """
     trial = trial_of(name)
     folder, retrofit = _settle_trial(name, seed, work, problems)
@@ -166,10 +168,10 @@ def run_trial(name: str, seed: int, work: Path, problems: int) -> dict[str, Any]
 
 
 def measure_teacher(work: Path, problems: int) -> dict[str, float]:
-    """The base model's figures.
+    """Return the figures of the base model.
 
     Raises:
-        ValueError: they are there, with other settings.
+        ValueError: the figures were measured with other settings.
     """
     from compare import measure_folder
 
@@ -182,7 +184,7 @@ def measure_teacher(work: Path, problems: int) -> dict[str, float]:
 
 
 def _settle_trial(name: str, seed: int, work: Path, problems: int) -> tuple[Path, Retrofit]:
-    """The trial's folder, which is its own from here on."""
+    """Return the trial's folder and settings; from now on the folder belongs to this trial."""
     retrofit = trial_of(name).retrofit.having(seed=seed)
     folder = work / f"{name}-seed{seed}"
     folder.mkdir(exist_ok=True)
@@ -205,7 +207,7 @@ def _measure(folder: Path, merges: bool, problems: int) -> dict[str, float]:
 
 
 def heldout_set(count: int) -> list[dict[str, Any]]:
-    """The problems that everything is measured on."""
+    """Return the problems that everything is measured on."""
     from measure import heldout_problems
     from problems import Difficulty
 
@@ -220,5 +222,5 @@ def _settle(path: Path, settings: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Write JSON so that readers see either the old content or the new."""
     write_durably(path, json.dumps(value, indent=1) + "\n")

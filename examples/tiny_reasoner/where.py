@@ -1,4 +1,4 @@
-"""Where a DMS model spends its cache: the share of pairs it keeps, by layer, KV head and position.
+"""Measure where a DMS model spends its cache: the share of pairs kept, by layer, KV head and position.
 
 Shapes: L layers, G KV heads, T tokens of the longest text.
 """
@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.no_grad()
 def kept_fractions(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of an exported model on solved problems: prompt, chain of thought and answer, as they should be.
+    """Measure an exported model on solved problems: prompt, right chain of thought and right answer.
 
     Returns:
-        "heads": [L][G], the share kept of all decided pairs; "positions": [L * G][T], by the pair's place
-        in its text, as far as the longest goes; "prompt": the mean length of the prompts, in tokens.
+        "heads": [L][G], the share kept of all decided pairs; "positions": [L * G][T], the share kept at each
+        position, up to the length of the longest text; "prompt": mean length of the prompts in tokens.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     lag = model.dms_settings.lag
-    found: list[torch.Tensor] = []  # of one forward, in the order of the layers
+    found: list[torch.Tensor] = []  # decisions of one forward, in the order of the layers
 
     def decide_and_note(decide: Any) -> Any:
         def noting(*tensors: Any) -> torch.Tensor:
@@ -33,7 +33,9 @@ def kept_fractions(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str
 
     for layer in model.model.layers:
         layer.self_attn.decide = decide_and_note(layer.self_attn.decide)
-    kept_LGT, count_T, prompt_tokens = None, None, 0
+    layers, groups = len(model.model.layers), model.config.num_key_value_heads
+    longest = model.config.max_position_embeddings
+    kept_LGT, count_T, prompt_tokens = torch.zeros(layers, groups, longest), torch.zeros(longest), 0
     for problem in problems:
         ids = tokenizer.apply_chat_template(problem["messages"], return_dict=True)["input_ids"]
         asked = problem["messages"][:-1]
@@ -41,10 +43,9 @@ def kept_fractions(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str
         prompt_tokens += len(prompt["input_ids"])
         found.clear()
         model(torch.tensor([ids]), use_cache=False)
-        keep_LGT = ~torch.stack([evict_BGT[0] for evict_BGT in found])[..., lag:]  # pair j is token j + lag's
-        if kept_LGT is None:
-            longest = model.config.max_position_embeddings
-            kept_LGT, count_T = torch.zeros(*keep_LGT.shape[:2], longest), torch.zeros(longest)
+        keep_LGT = ~torch.stack([evict_BGT[0] for evict_BGT in found])[
+            ..., lag:
+        ]  # token j + lag decides on pair j
         kept_LGT[..., : keep_LGT.shape[-1]] += keep_LGT
         count_T[: keep_LGT.shape[-1]] += 1
     T = int((count_T > 0).sum())
