@@ -117,10 +117,7 @@ def _methods(result: dict[str, Any]) -> Figure:
     for axes, (cost, label) in zip(panels, labels, strict=True):
         for (method, budget), rows in by_key.items():
             chains, _, cr = budget.split("-")
-            style: dict[str, Any] = {
-                "fmt": {"1": "o", "4": "s", "8": "D"}[cr],
-                "color": f"C{METHODS.index(method)}",
-            }
+            marker, colour = {"1": "o", "4": "s", "8": "D"}[cr], f"C{METHODS.index(method)}"
             accuracy = [row["accuracy"]["mean"] for row in rows]
             _point(axes, [row[cost] for row in rows], accuracy, markersize=5, fmt=marker, color=colour)
             x, y = mean(row[cost] for row in rows), 100 * mean(accuracy)

@@ -137,9 +137,8 @@ def run_trials(
                 seconds = time.monotonic() - begin
                 say(f"{len(found)} of {len(wanted)}, {seconds:.0f} s: {name}, seed {seed}: {figures}")
         except BaseException:
-            pool.shutdown(
-                cancel_futures=True
-            )  # otherwise the other trials would run for hours before the error shows
+            # Otherwise the error would show only after hours of other trials.
+            pool.shutdown(cancel_futures=True)
             raise
     return {name: [found[name, seed] for seed in seeds] for name in names}
 

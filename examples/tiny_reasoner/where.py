@@ -43,9 +43,8 @@ def kept_fractions(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str
         prompt_tokens += len(prompt["input_ids"])
         found.clear()
         model(torch.tensor([ids]), use_cache=False)
-        keep_LGT = ~torch.stack([evict_BGT[0] for evict_BGT in found])[
-            ..., lag:
-        ]  # token j + lag decides on pair j
+        # Token j + lag decides on pair j.
+        keep_LGT = ~torch.stack([evict_BGT[0] for evict_BGT in found])[..., lag:]
         kept_LGT[..., : keep_LGT.shape[-1]] += keep_LGT
         count_T[: keep_LGT.shape[-1]] += 1
     T = int((count_T > 0).sum())
