@@ -4,7 +4,6 @@
 mask (as loops over pairs) and the MLP are spelled out, so that an error has to be made twice to go unseen.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -89,13 +88,16 @@ def reference(model: PreTrainedModel, ids_T: Tensor) -> Reference:
                 keep = torch.ones(HEAD_SIZE).double()
                 keep[-1] = 0.0 if i in lent else 1.0
                 heads[i] = rotate(heads[i] * keep) * keep
+        rows, settings = range(T), (config.dms_window_size, config.dms_lag)
+        hidden = [
+            [[key > query or is_gone(head, key, query, *settings) for key in rows] for query in rows]
+            for head in decision
+        ]
         out = []
         for i, q_head in enumerate(q):
             g = i // group
             scores = q_head @ k[g].T / HEAD_SIZE**0.5
-            for query, key in itertools.product(range(T), range(T)):
-                if key > query or is_gone(decision[g], key, query, config.dms_window_size, config.dms_lag):
-                    scores[query, key] = -float("inf")
+            scores = scores.masked_fill(torch.tensor(hidden[g]), -float("inf"))
             out.append(scores.softmax(-1) @ v[g])
         x = x + torch.cat(out, dim=1) @ weights[attn + "o_proj.weight"].T
         h = norm(x, name + "post_attention_layernorm")
