@@ -82,6 +82,7 @@ def test_gradients_are_asked_for_in_the_second_step_only(monkeypatch: pytest.Mon
     assert wanted == [[False] * 4] * 3 + [[True] * 4] * 3
 
 
+@pytest.mark.slow
 def test_command_line() -> None:
     """Catches: a table that does not say what was not measured, JSON with another figure in its place, flex's
     ratio of other decisions."""

@@ -24,6 +24,7 @@ def run(folder: Path, *options: str) -> Done:
     return run_tool("bench", "convert", "--gigabytes", 0.02, "--repeats", 1, "--folder", folder, *options)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_both_directions_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

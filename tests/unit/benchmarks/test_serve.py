@@ -51,6 +51,7 @@ def test_bytes_are_those_counted_by_hand(batch: int) -> None:
     assert len(addresses) == LAYERS and dms.peak_bytes > dms.cache_bytes
 
 
+@pytest.mark.slow
 def test_rows() -> None:
     """Catches: rows in another order, a ratio to another context's or upside down, weights left out of the
     budget or counted for each model, bytes of another batch, throughput of one sequence or beyond the cap."""
@@ -107,6 +108,7 @@ def test_search_finds_the_largest_that_fits(truth: int, guess: int) -> None:
         assert len(tried) <= 10
 
 
+@pytest.mark.slow
 def test_what_the_account_says_is_tried_where_memory_can_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: the account taken for the truth on a GPU, throughput of a batch that does not fit."""
     steps, _ = measured()
@@ -124,6 +126,7 @@ def test_what_the_account_says_is_tried_where_memory_can_run_out(monkeypatch: py
     assert (row.batch, row.capped, row.tokens_per_second, row.note) == (5, False, 2500.0, None)
 
 
+@pytest.mark.slow
 def test_budget_too_small() -> None:
     """Catches: a speed of no sequences, a division by zero."""
     _, largest = measured(memory_gb=1e-4)
@@ -132,6 +135,7 @@ def test_budget_too_small() -> None:
         assert row.ms is row.tokens_per_second is row.largest_to_dense is row.throughput_to_dense is None
 
 
+@pytest.mark.slow
 def test_what_fails_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a run that ends with the first batch that memory does not hold, figures for it, bytes per
     sequence from it."""
@@ -150,6 +154,7 @@ def test_what_fails_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row.ms > 0 for row in (*steps[2:], *largest[2:]))
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     """Catches: rows without their JSON, chatter on stdout, no picture, options that do not arrive."""
     picture = tmp_path / "served.png"

@@ -9,6 +9,8 @@ import pytest
 from tests.support.benchmark_output import rows_of
 from tests.support.tools import run_python, run_tool
 
+pytestmark = pytest.mark.slow
+
 CR, T = 4.0, 160
 BAD = {"size": "huge", "cr": 0.5, "backends": ["dense", "fast"], "window": -1, "contexts": [8, 0]}
 

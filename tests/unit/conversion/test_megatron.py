@@ -132,6 +132,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP 1", "TP 2", "PP 2"])
 @pytest.mark.parametrize("name", MAKE)
 def test_every_layout_gives_the_logits_of_transformers(name: str, layout: str, results: dict) -> None:
@@ -148,6 +149,7 @@ def test_every_layout_gives_the_logits_of_transformers(name: str, layout: str, r
             assert parity.agreement.evicted > 0.15
 
 
+@pytest.mark.slow
 def test_scaled_rope_is_compared_beyond_the_original_context(results: dict) -> None:
     """Catches: prompts that never leave the context in which scaling hardly shows."""
     last = {name: found["TP 1"][-1].last_position for name, found in results.items()}

@@ -36,6 +36,7 @@ def run(hf: Path, megatron: Path, *options: str) -> Done:
     return run_tool("convert", "verify", "--hf", hf, "--megatron", megatron, *options)
 
 
+@pytest.mark.slow
 def test_card_of_equal_checkpoints(base: Path) -> None:
     """Catches: a layout that does not divide the model as an error or in silence, a card that lacks a tensor
     or a comparison, a last line that no machine can read."""
@@ -68,6 +69,7 @@ def test_card_of_equal_checkpoints(base: Path) -> None:
     assert table in done.out and "| TP 1 " in table and "not compared: layout PP 2" in table
 
 
+@pytest.mark.slow
 def test_an_export_in_a_half_type_of_fp32_training_agrees(base: Path, tmp_path: Path) -> None:
     """Catches: Megatron's model run with weights that the export has rounded."""
     megatron = shutil.copytree(base / "megatron", tmp_path / "megatron")
@@ -88,6 +90,7 @@ def test_an_export_in_a_half_type_of_fp32_training_agrees(base: Path, tmp_path: 
     assert (kept.logits_BTV - exported.logits_BTV).abs().max() > 1e-3, "rounding must show"
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_is_named(base: Path, tmp_path: Path) -> None:
     """Catches: a verify that cannot fail: one bit of an HF value, so one tensor and the logits."""
     other = shutil.copytree(base / "hf", tmp_path / "hf")
@@ -171,6 +174,7 @@ def test_prompts_of_dms_models(tmp_path: Path) -> None:
     assert reasons["positions from 2048 on"] == "DMS models take no gaps between positions"
 
 
+@pytest.mark.slow
 def test_error_of_one_rank_is_one_line_and_ends_the_others(tmp_path: Path) -> None:
     """The first stage meets a token that the model does not have, while the second stage waits for the
     first. Catches: a wait without end, a traceback in the place of the reason."""

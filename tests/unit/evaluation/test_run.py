@@ -48,6 +48,7 @@ def results(out: Path) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_table_files_and_report(inputs: Inputs, finished: Path) -> None:
     """Catches: chains of another problem, seeds or batches that draw alike, prompts in the text, a method
     that runs as another one, results that differ from the samples."""
@@ -93,6 +94,7 @@ def test_table_files_and_report(inputs: Inputs, finished: Path) -> None:
     assert made_by()["commit"] in report and str(inputs.data) in report and report.count("<svg") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [0, 1, 13])
 def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path, monkeypatch, calls) -> None:
     """The run is stopped before the first batch, in the middle of a run, and among the last; half a line
@@ -124,6 +126,7 @@ def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path,
     assert inputs.run(out).status == 0 and not made, "a complete evaluation needs no model"
 
 
+@pytest.mark.slow
 def test_methods_and_seeds_may_be_added(inputs: Inputs, finished: Path, tmp_path: Path) -> None:
     """Catches: samples that depend on what else is asked for; --dms in a later call refused as a change."""
     out = tmp_path / "out"
@@ -132,6 +135,7 @@ def test_methods_and_seeds_may_be_added(inputs: Inputs, finished: Path, tmp_path
     assert inputs.run(out).status == 0 and results(out) == results(finished)
 
 
+@pytest.mark.slow
 def test_rescoring_needs_no_models(inputs: Inputs, copy: Path, monkeypatch) -> None:
     """Scores in another folder and without the models. Catches: a path that only holds in the first
     folder, a table, report or sample that grading again changes."""
@@ -156,6 +160,7 @@ def test_rescoring_needs_no_models(inputs: Inputs, copy: Path, monkeypatch) -> N
     assert [line.split()[:2] for line in table[2:]] == [[row["method"], row["budget"]] for row in rows]
 
 
+@pytest.mark.slow
 def test_score_names_what_is_left_out(inputs: Inputs, copy: Path) -> None:
     """Catches: a mean over the problems that happen to be there, seeds dropped without a word."""
     file = copy / "samples" / FILES[-1]
@@ -170,6 +175,7 @@ def test_score_names_what_is_left_out(inputs: Inputs, copy: Path) -> None:
     refused(evaluate("score", "--out", copy), "has no complete run to score")
 
 
+@pytest.mark.slow
 def test_other_problems_under_the_same_name(inputs: Inputs, copy: Path, tmp_path: Path) -> None:
     """Catches: answers to other questions graded, or continued, because the file's name and ids are equal."""
     before = inputs.data.read_text()
@@ -184,6 +190,7 @@ def test_other_problems_under_the_same_name(inputs: Inputs, copy: Path, tmp_path
         inputs.data.write_text(before)
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(inputs: Inputs, copy: Path, tmp_path: Path) -> None:
     """Catches: samples of two temperatures, models or batch sizes in one table."""
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
@@ -203,6 +210,7 @@ def test_other_settings_are_refused(inputs: Inputs, copy: Path, tmp_path: Path) 
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_moved_data_and_model(inputs: Inputs, copy: Path, tmp_path: Path) -> None:
     """Catches: answers that cannot be graded, and samples that cannot be added to, since a folder moved; a
     limit that changes nothing refused; data named to `score` for good."""
@@ -225,6 +233,7 @@ def test_moved_data_and_model(inputs: Inputs, copy: Path, tmp_path: Path) -> Non
     assert settings["dms 4"][0] == str(moved.dms)
 
 
+@pytest.mark.slow
 def test_makers(inputs: Inputs, finished: Path, tmp_path: Path, monkeypatch) -> None:
     """Catches: the first call's commit under a later call's samples, a maker of nothing."""
     out, short = tmp_path / "out", ["--methods", "vanilla", "--budgets", "1-4-1", "--seeds"]

@@ -31,6 +31,8 @@ from tests.support.recipe_cases import (
 )
 from tests.support.tools import ROOT, run_python
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = EXAMPLES / "tiny_reasoner" / "base"
 
 

@@ -63,10 +63,13 @@ def test_env_files_are_what_the_launcher_takes(name: str) -> None:
     """Catches: a mistake in an env file, and one read in another way by the pages and by the launcher."""
     env = EXAMPLES / f"{name}.env"
     done = launch(ROOT, SBATCH, "--dry-run", env)
-    assert done.status == 0, done.error
+    assert done.returncode == 0, done.stderr
     read = read_env(env)
     assert launched(name)[:-3] == read["TRAIN_ARGS"].split()  # less --exit-signal-handler and the like
-    assert f" --nodes={read['NODES']} " in done.out and f"--gpus-per-node={read['GPUS_PER_NODE']}" in done.out
+    assert (
+        f" --nodes={read['NODES']} " in done.stdout
+        and f"--gpus-per-node={read['GPUS_PER_NODE']}" in done.stdout
+    )
 
 
 def test_an_env_file_of_another_recipe_is_refused(tmp_path: Path) -> None:

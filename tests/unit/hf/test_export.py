@@ -69,6 +69,7 @@ def loaded_without_the_package(tmp_path_factory: pytest.TempPathFactory) -> dict
     return dict(zip(PREDICTORS, map(json.loads, done.out.splitlines()[-len(PREDICTORS) :]), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", PREDICTORS)
 def test_export_runs_without_the_package(
     family: str, loaded_without_the_package: dict[str, dict], tmp_path: Path

@@ -32,6 +32,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return json.loads(run(RUN, "compile", out=tmp_path_factory.mktemp("compiled") / "out.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_interpreted_kernels_match_the_reference(case: Case, interpreted: dict[str, torch.Tensor]) -> None:
     """Catches: a load of v masked by D only (0 * NaN), a page's sums not shrunk to the new largest score, the
@@ -42,6 +43,7 @@ def test_interpreted_kernels_match_the_reference(case: Case, interpreted: dict[s
     torch.testing.assert_close(out_NRD.double(), reference(inputs), rtol=0, atol=tolerance(case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWN_CASES)
 def test_free_pages_change_no_bit(name: str, interpreted: dict[str, torch.Tensor]) -> None:
     """Makes two calls, the second in a larger pool. Catches: a sum whose order depends on the pool's size,
@@ -49,16 +51,19 @@ def test_free_pages_change_no_bit(name: str, interpreted: dict[str, torch.Tensor
     assert torch.equal(interpreted[name], interpreted[f"{name}, grown"])
 
 
+@pytest.mark.slow
 def test_nan_in_a_valid_pair_is_seen(interpreted: dict[str, torch.Tensor]) -> None:
     """Catches: `total > 0` for `total == 0` in the second kernel, which would answer 0 instead of NaN."""
     assert interpreted["NaN in head 2"].isnan().any(dim=(1, 2)).tolist() == [n == 2 for n in range(6)]
 
 
+@pytest.mark.slow
 def test_fill_over_the_page_reads_no_other_page(interpreted: dict[str, torch.Tensor]) -> None:
     """Catches: fill not cut to S, which reads into the page behind."""
     assert torch.equal(interpreted["fill over S"], interpreted[FULL.name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", COMPILED, ids=lambda variant: "R={} S={} D={} {}".format(*variant[:3], NAMES[variant[3]])
 )

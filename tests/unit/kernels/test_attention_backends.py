@@ -36,6 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return json.loads(run(RUN, "compile", out=tmp_path_factory.mktemp("compiled") / "out.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_triton(case: Case, interpreted: dict[str, dict[str, Tensor]]) -> None:
     """Catches: a window, a block's bound or a survivor off by one, a bias of another head or in another base,
@@ -61,12 +62,14 @@ def test_flex_forward(case: Case) -> None:
     )
 
 
+@pytest.mark.slow
 def test_triton_is_deterministic(interpreted: dict[str, dict[str, Tensor]]) -> None:
     """Catches: sums in an order that changes (on a GPU, see tests/gpu), and anything read before written."""
     for name in PARTS:
         assert torch.equal(interpreted[TWICE][name], interpreted["again"][name])
 
 
+@pytest.mark.slow
 def test_what_the_threshold_leaves_out(interpreted: dict[str, dict[str, Tensor]]) -> None:
     """The default threshold leaves out nothing that fp32 can show; with all keys negligible, a sliding
     window remains. Catches: a threshold that is ignored, or compared the wrong way round."""
@@ -95,6 +98,7 @@ def test_survivors() -> None:
     assert find_survivors(log_keep, -60.0).before_BGS[0, 0].tolist() == [0, 1, 2, 3, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", COMPILED, ids=lambda variant: f"D={variant[0]} {NAMES[variant[1]]}")
 def test_kernels_compile_for_sm90(variant: tuple, compiled: dict[str, dict]) -> None:
     """Catches: what the interpreter takes and the compiler refuses, fp32 cut to TF32, 16-bit types off the

@@ -74,6 +74,7 @@ def interpret(out: Path) -> None:
     torch.save(found, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", PLAIN)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_triton(case: Case, direction: str, interpreted: dict) -> None:
@@ -131,6 +132,7 @@ def on_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
     """Runs two gloo processes with 80 + 51 and 131 + 0 columns, fp64 to 1e-12. Catches: a softmax over a
     rank's own columns, a sum not reduced, the gradient of hidden states not added up, a rank without

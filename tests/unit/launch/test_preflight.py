@@ -60,6 +60,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_one_wrong_node_of_two(training: list[str], tmp_path: Path) -> None:
     """The second node's teacher is not there; the all-reduce works. Catches: a node whose failures are
     lost or put down to another, an exit status of 0, a node that does not learn of it, and an all-reduce
@@ -85,6 +86,7 @@ def test_one_wrong_node_of_two(training: list[str], tmp_path: Path) -> None:
     assert len(lines) == 4
 
 
+@pytest.mark.slow
 def test_a_silent_node_is_named(training: list[str]) -> None:
     """Catches: a first node that waits for ever, or an all-reduce that is begun and hangs."""
     out, errors = start_node(0, free_port(), training, timeout=3).communicate(timeout=100)
@@ -93,6 +95,7 @@ def test_a_silent_node_is_named(training: list[str]) -> None:
     assert f"{SECOND}: port: found no word from it within 3 s" in errors
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_named(training: list[str]) -> None:
     """Catches: a first node that cannot listen and says so in a traceback."""
     with socket.socket() as taken:

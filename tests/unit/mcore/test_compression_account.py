@@ -180,6 +180,7 @@ def on_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_clamp_is_on_the_mean_over_all_ranks() -> None:
     """Two gloo processes give the gradient of one. Catches: clamp per stage or per tensor-parallel rank
     (no all-reduce: sample 0's first layer and sample 1's second come out wrong), the sums reduced before

@@ -66,6 +66,7 @@ def found() -> list[list[dict]]:
     return [[ranks[rank][case] for rank in range(C)] for case, (C, _, _) in enumerate(CASES)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "C{} H{} G{}".format(*CASES[case]))
 def test_every_rank_sees_whole_sequences_of_its_heads(case: int, found: list[list[dict]]) -> None:
     """The tokens of a rank's heads come in natural order, and the rank gets its own tokens back. Catches:
@@ -92,6 +93,7 @@ def test_every_rank_sees_whole_sequences_of_its_heads(case: int, found: list[lis
     assert counted == list(range(G)), "each KV head's decisions count once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "C{} H{} G{}".format(*CASES[case]))
 def test_gradients_come_back_to_their_tokens(case: int, found: list[list[dict]]) -> None:
     """A KV head that several ranks share gets the sum of their gradients. Catches: a backward pass in another

@@ -128,6 +128,7 @@ def on_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
     """Runs two gloo processes with 80 + 51 and 131 + 0 columns, forward and gradient, fp64 to 1e-12.
     Catches: a softmax over a rank's own columns, the maximum or a sum not reduced, a loss that only one

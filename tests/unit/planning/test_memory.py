@@ -214,6 +214,7 @@ def kept(recipe: str, size: ModelSize) -> int:
     return sum(x.untyped_storage().nbytes() for x in storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_layer_keeps_what_is_counted(recipe: str, qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:

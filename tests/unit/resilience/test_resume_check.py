@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.tools import ROOT, Done, run_tool
 
+pytestmark = pytest.mark.slow
+
 # A launcher and its one rank: a number is added up, and every step is a checkpoint.
 RUN = """
 import argparse, os, shutil, subprocess, sys, time

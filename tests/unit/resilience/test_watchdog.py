@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron_dms.resilience.hang_diagnosis import Report, diagnose, waits_for_others
 from megatron_dms.resilience.watchdog import EXIT, SAVE, START, STEP, Watchdog
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 60  # seconds
 
 

@@ -316,6 +316,7 @@ def messages(folders: Folders) -> dict:
     return json.loads(done.out.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_one_line_names_found_expected_and_fix(name: str, messages: dict[str, str], folders: Folders) -> None:
     """Catches: a check that is missing (the run goes on), that comes after the process group, or whose
@@ -326,6 +327,7 @@ def test_one_line_names_found_expected_and_fix(name: str, messages: dict[str, st
     assert "\n" not in message and "not a StartupError" not in message
 
 
+@pytest.mark.slow
 def test_the_model_is_the_checkpoints(messages: dict, folders: Folders) -> None:
     """The command line has no mistakes, and the model that Megatron builds has every number of the HF
     config. Catches: an argument that Megatron knows by another name, so that its own default is trained
@@ -348,11 +350,13 @@ def test_the_model_is_the_checkpoints(messages: dict, folders: Folders) -> None:
     assert {name: messages["model"][name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(messages: dict[str, str], folders: Folders) -> None:
     """Catches: HF side files copied, or folders made, before the last check."""
     assert messages and not (folders.root / "save").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "start"),
     [
@@ -372,6 +376,7 @@ def test_the_command_itself(flags: str, start: str, folders: Folders, tmp_path: 
     assert not (tmp_path / "save").exists()
 
 
+@pytest.mark.slow
 def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
     """Catches: the same line from each of a thousand ranks."""
     script = "import pretrain_dms; pretrain_dms.SILENT_RANKS_WAIT = 0; pretrain_dms.main()"
@@ -379,6 +384,7 @@ def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
     assert done.status == 2 and done.error == "" and done.out == ""
 
 
+@pytest.mark.slow
 def test_every_refused_name_is_megatrons(messages: dict) -> None:
     """Catches a name that is misspelt, or that a newer Megatron has renamed: it would refuse nothing."""
     assert messages["names unknown"] == []
