@@ -27,6 +27,7 @@ from tests.support.kl_cases import (
     make_logits,
     projections,
 )
+from tests.support.ranks import run_ranks
 from tests.support.triton_process import hide_nothing, run
 
 COLUMNS = {"uneven": (80, 51), "a rank without columns": (131, 0)}
@@ -132,13 +133,12 @@ def on_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
     """Runs two gloo processes with 80 + 51 and 131 + 0 columns, fp64 to 1e-12. Catches: a softmax over a
     rank's own columns, a sum not reduced, the gradient of hidden states not added up, a rank without
     columns."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_two_processes, (folder,), nprocs=2)
+        run_ranks(on_two_processes, folder, 2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     close = {"rtol": 1e-11, "atol": 1e-12}
     for split in COLUMNS:

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_dms.mcore.compression_account import CompressionAccount, ModelShape, attach_compression_loss
 from megatron_dms.ops.eviction import soft_eviction
 from megatron_dms.ops.losses import compression_loss
+from tests.support.ranks import run_ranks
 
 L, G, B, T = 2, 2, 4, 8
 TARGET, WEIGHT, TEMPERATURE = 0.5, 3.0, 0.7
@@ -180,13 +181,12 @@ def on_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_the_clamp_is_on_the_mean_over_all_ranks() -> None:
     """Two gloo processes give the gradient of one. Catches: clamp per stage or per tensor-parallel rank
     (no all-reduce: sample 0's first layer and sample 1's second come out wrong), the sums reduced before
     the last layer has reported, a count of the rank's own layers or heads."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_two_processes, (folder,), nprocs=2)
+        run_ranks(on_two_processes, folder, 2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     single = account()
     forward(logits(), single, [0, 1], [0, 1])

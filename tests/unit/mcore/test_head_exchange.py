@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dms.mcore.context_parallel import HeadExchange, own_tokens
+from tests.support.ranks import run_ranks
 
 PROCESSES, CHUNK, B, D, FURTHER = 4, 3, 2, 5, 2  # odd chunks; values are wider than keys by FURTHER
 # (C, H, G): several KV heads for a rank, one for each, one for two and for four; at C 2 there are two groups
@@ -61,12 +62,11 @@ def on_four_processes(rank: int, folder: str) -> None:
 def found() -> list[list[dict]]:
     """Return what each rank of the first group saw, by case."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_four_processes, (folder,), nprocs=PROCESSES)
+        run_ranks(on_four_processes, folder, PROCESSES)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(PROCESSES)]
     return [[ranks[rank][case] for rank in range(C)] for case, (C, _, _) in enumerate(CASES)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "C{} H{} G{}".format(*CASES[case]))
 def test_every_rank_sees_whole_sequences_of_its_heads(case: int, found: list[list[dict]]) -> None:
     """The tokens of a rank's heads come in natural order, and the rank gets its own tokens back. Catches:
@@ -93,7 +93,6 @@ def test_every_rank_sees_whole_sequences_of_its_heads(case: int, found: list[lis
     assert counted == list(range(G)), "each KV head's decisions count once"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: "C{} H{} G{}".format(*CASES[case]))
 def test_gradients_come_back_to_their_tokens(case: int, found: list[list[dict]]) -> None:
     """A KV head that several ranks share gets the sum of their gradients. Catches: a backward pass in another

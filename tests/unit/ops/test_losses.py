@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.ops.losses import compression_loss, kl_student_teacher, kl_teacher_student
+from tests.support.ranks import run_ranks
 
 VOCAB = 131
 COLUMNS = {"uneven": (80, 51), "a rank without columns": (131, 0)}
@@ -128,13 +129,12 @@ def on_two_processes(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_a_spread_vocabulary_gives_the_loss_of_a_whole_one() -> None:
     """Runs two gloo processes with 80 + 51 and 131 + 0 columns, forward and gradient, fp64 to 1e-12.
     Catches: a softmax over a rank's own columns, the maximum or a sum not reduced, a loss that only one
     rank has, the maximum of no columns, a gradient counted twice."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_two_processes, (folder,), nprocs=2)
+        run_ranks(on_two_processes, folder, 2)
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
     for split, direction in ranks[0]:
         student, teacher, grad = logits()
