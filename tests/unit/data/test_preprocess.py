@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -276,35 +277,70 @@ def test_tool_says_what_is_wrong_in_one_line(tokenizer_dir: str, tmp_path: Path)
     assert not list((tmp_path / "out").iterdir())
 
 
+def in_the_middle(tokenizer_dir: str, tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """The tool with two workers, once it has written something, and its output folder."""
+    source, out = tmp_path / "pipe.jsonl", tmp_path / "out"
+    source.write_bytes((line(text="a b") + b"\n") * 200_000)
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source)]
+    command += ["--tokenizer", tokenizer_dir, "--output-prefix", str(out / "data"), "--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(written.stat().st_size for written in out.glob(".data.*/data.bin")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return process, out
+
+
+def workers_of(pid: int) -> list[int]:
+    """The process ids of the tool's workers; its other child tracks resources."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """What the tool said until all its processes had ended: each of them holds stderr."""
+    return process.communicate(timeout=60)[1]
+
+
 def test_tool_killed_leaves_nothing(tokenizer_dir: str, tmp_path: Path) -> None:
     """SIGTERM in the middle of the work removes what was begun and ends the workers.
 
     Catches: output written in place, SIGTERM without clean-up.
     """
-    source, out = tmp_path / "pipe.jsonl", tmp_path / "out"
-    good = line(text="a b") + b"\n"
-    source.write_bytes(good * 200_000)
-    command = [
-        sys.executable,
-        str(ROOT / "tools" / "preprocess_data.py"),
-        "--input",
-        str(source),
-        "--workers",
-        "2",
-    ]
-    command += ["--tokenizer", tokenizer_dir, "--output-prefix", str(out / "data"), "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    deadline = time.monotonic() + 60
-    while not any(written.stat().st_size for written in out.glob(".data.*/data.bin")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    process, out = in_the_middle(tokenizer_dir, tmp_path)
     os.kill(process.pid, signal.SIGTERM)
-    # The workers hold stderr too: reading to its end waits for all of them.
-    errors = process.stderr.read()
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert "Traceback" not in errors
+    assert "Traceback" not in end_of(process)
+    assert process.returncode == 128 + signal.SIGTERM
     assert not list(out.iterdir())
+
+
+def test_tool_interrupted_says_so_once(tokenizer_dir: str, tmp_path: Path) -> None:
+    """Ctrl-C goes to the workers too. Catches: workers that print tracebacks, output that is left."""
+    process, out = in_the_middle(tokenizer_dir, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    said = end_of(process)
+    assert said.splitlines()[-1] == "error: interrupted, nothing written" and "Traceback" not in said
+    assert process.returncode == 130 and not list(out.iterdir())
+
+
+def test_a_dead_worker_is_named(tokenizer_dir: str, tmp_path: Path) -> None:
+    """A worker is killed, as for lack of memory. Catches: a wait for ever, a traceback, no line numbers."""
+    process, out = in_the_middle(tokenizer_dir, tmp_path)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    last = end_of(process).splitlines()[-1]
+    assert re.match(rf"error: {tmp_path}/pipe.jsonl:\d+: found a dead worker process", last)
+    assert last.endswith("use fewer --workers")
+    assert process.returncode == 2 and not list(out.iterdir())
+
+
+def test_workers_end_with_a_tool_that_is_killed(tokenizer_dir: str, tmp_path: Path) -> None:
+    """kill -9 of the tool alone. Catches: workers that wait for chunks for ever."""
+    process, _ = in_the_middle(tokenizer_dir, tmp_path)
+    assert len(workers_of(process.pid)) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    end_of(process)
 
 
 @pytest.mark.parametrize(
