@@ -316,6 +316,7 @@ def test_tool_killed_leaves_nothing(tokenizer_dir: str, tmp_path: Path) -> None:
     assert not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_tool_interrupted_says_so_once(tokenizer_dir: str, tmp_path: Path) -> None:
     """Ctrl-C goes to the workers too. Catches: workers that print tracebacks, output that is left."""
     process, out = in_the_middle(tokenizer_dir, tmp_path)
@@ -325,6 +326,7 @@ def test_tool_interrupted_says_so_once(tokenizer_dir: str, tmp_path: Path) -> No
     assert process.returncode == 130 and not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_named(tokenizer_dir: str, tmp_path: Path) -> None:
     """A worker is killed, as for lack of memory. Catches: a wait for ever, a traceback, no line numbers."""
     process, out = in_the_middle(tokenizer_dir, tmp_path)
@@ -335,6 +337,7 @@ def test_a_dead_worker_is_named(tokenizer_dir: str, tmp_path: Path) -> None:
     assert process.returncode == 2 and not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_tool_that_is_killed(tokenizer_dir: str, tmp_path: Path) -> None:
     """kill -9 of the tool alone. Catches: workers that wait for chunks for ever."""
     process, _ = in_the_middle(tokenizer_dir, tmp_path)
