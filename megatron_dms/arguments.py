@@ -1,4 +1,4 @@
-"""Megatron flags (--dms-*), generated from DMSConfig, so that no setting is described twice."""
+"""The flags --dms-*, generated from DMSConfig, so that no setting is described twice."""
 
 import argparse
 from dataclasses import fields
@@ -8,7 +8,7 @@ from megatron_dms.config import DMSConfig, flag_of
 
 
 def add_dms_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add one flag for each DMSConfig field; passed to Megatron as its `extra_args_provider`."""
+    """Add one flag for each field of DMSConfig. Megatron calls this as its `extra_args_provider`."""
     group = parser.add_argument_group(
         "DMS", "Dynamic Memory Sparsification: a KV cache that learns to forget"
     )
@@ -32,10 +32,10 @@ def add_dms_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 
 
 def destination(name: str) -> str:
-    """The attribute of Megatron's argument namespace that holds a field."""
+    """Return the attribute of Megatron's argument namespace that holds a field."""
     return f"dms_{name}"
 
 
 def dms_config_from_args(args: Any) -> DMSConfig:
-    """The typed settings from Megatron's argument namespace."""
+    """Build the typed settings from Megatron's argument namespace."""
     return DMSConfig(**{item.name: getattr(args, destination(item.name)) for item in fields(DMSConfig)})

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_dms.errors import CheckpointError
+from megatron_dms.hf.configuration_dms import MERGING_REQUIRES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +36,6 @@ class CompressionMethod(ABC):
     """The values of other settings of DMSConfig for which alone the method is defined."""
     own_settings: tuple[str, ...] = ()
     """The fields of DMSConfig that only this method reads."""
-    exported_fields: tuple[str, ...] = ()
-    """The fields of `args.dms` that an exported model of this method needs beside those of every model."""
     formats: tuple[str, ...]
     """The formats of HF checkpoints that can hold a model of this method (conversion/dms_formats.py)."""
     borrows_query: bool
@@ -101,9 +100,8 @@ class _Merging(CompressionMethod):
 
     name = "merge"
     description = "merging (DMC)"
-    required = {"predictor": "key_channel", "granularity": "head", "window": 0, "lag": 1}
+    required = MERGING_REQUIRES
     own_settings = ("importance_scale", "importance_offset")
-    exported_fields = ("method", *own_settings)
     formats = ("megatron_dms",)
     borrows_query = True
     further_values = 1

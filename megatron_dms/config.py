@@ -1,87 +1,41 @@
-"""DMSConfig: every setting of the method once, with its meaning, unit and source.
+"""DMSConfig: every setting of a retrofit once, with its meaning, unit and source.
 
-The command-line flags (`arguments.py`), what a checkpoint stores and what an export writes are all derived
-from this class. Section numbers are those of the DMS paper (arXiv 2506.05345).
+The settings that belong to the model are those of DecisionSettings (hf/configuration_dms.py), which exports
+share; this module adds the settings of a run. The command-line flags (`arguments.py`) and what a checkpoint
+stores are derived from DMSConfig. Section numbers are those of the DMS paper (arXiv 2506.05345).
 """
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_dms.compression_method import METHODS, CompressionMethod
+from megatron_dms.hf.configuration_dms import DecisionSettings
 from megatron_dms.ops.schedule import CompressionSchedule
 
 THRESHOLD = -40.0
-"""Default of attention_threshold; what it leaves out is derived in kernels/survivors.py."""
+"""The default of attention_threshold. kernels/survivors.py derives which keys it leaves out."""
 
 BORROWED_CHANNEL_PREDICTORS = ("query_channel", "key_channel")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None, scope: str = "schedule") -> Any:
-    """A field with its help text.
+    """Return a field with its help text.
 
-    Its scope says who must agree with a checkpoint's value: "model", which every run from its weights must;
-    "schedule", which a run that resumes must; "run", which is how and not what, nobody.
+    The scope says which runs must agree with a checkpoint's value: "model" means every run from its weights,
+    "schedule" means a run that resumes, and "run" means none, because the setting changes how a result is
+    computed and not the result.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "scope": scope})
 
 
 @dataclass(frozen=True)
-class DMSConfig:
-    """All settings of one retrofit.
+class DMSConfig(DecisionSettings):
+    """All settings of one retrofit: those of the model, and those of the run.
 
     Raises:
         ValueError: on construction, naming the value found, what is expected, and the fix.
     """
 
-    method: str = _setting(
-        "evict",
-        "what becomes of a pair that is not kept: evict (DMS), or merge it into the pair before, as DMC does "
-        "(arXiv 2403.09636): for comparison with DMS; merge needs the predictor key_channel, granularity "
-        "head, window 0 and lag 1",
-        choices=tuple(METHODS),
-        scope="model",
-    )
-    predictor: str = _setting(
-        "query_channel",
-        "where the eviction logit comes from: the last channel of the first query head of each group, the "
-        "last channel of the key, or a linear layer of its own on the residual stream (section 3)",
-        choices=("query_channel", "key_channel", "linear"),
-        scope="model",
-    )
-    granularity: str = _setting(
-        "head",
-        "one decision per KV head, or one per layer (KV head 0's)",
-        choices=("head", "layer"),
-        scope="model",
-    )
-    alpha_scale: float = _setting(
-        100.0, "eviction logit = alpha_scale * raw value - alpha_offset; > 0", scope="model"
-    )
-    alpha_offset: float = _setting(
-        5.0,
-        "see alpha_scale; 5 makes the first decisions sigmoid(-5) = 0.007: nothing is evicted at the start",
-        scope="model",
-    )
-    window: int = _setting(
-        256,
-        "tokens for which a pair marked for eviction stays readable; 0 or more (section 3)",
-        scope="model",
-    )
-    lag: int = _setting(
-        1,
-        "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's "
-        "text, equal to the window for immediate eviction, the paper's inferior ablation",
-        scope="model",
-    )
-    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)", scope="model")
-    importance_scale: float = _setting(
-        1.0,
-        "merge: a pair's weight in the mean is sigmoid(importance_scale * raw value - importance_offset), "
-        "raw value: the last channel of its group's first query head; > 0",
-        scope="model",
-    )
-    importance_offset: float = _setting(0.0, "merge: see importance_scale", scope="model")
     final_cr: float = _setting(8.0, "compression ratio that is reached and then held, 1 or more (section 3)")
     steps_per_cr: float = _setting(100.0, "training steps per unit of compression ratio, > 0 (section 3)")
     anneal: str = _setting(
@@ -161,17 +115,7 @@ class DMSConfig:
     )
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            choices, value = item.metadata["choices"], getattr(self, item.name)
-            if choices and value not in choices:
-                raise ValueError(f"{flag_of(item.name)} is {value!r}, expected one of {', '.join(choices)}")
-            if item.type is float:
-                self._require(math.isfinite(value), item.name, "a finite number")
-        self._require(self.window >= 0, "window", ">= 0 tokens")
-        self._require(
-            0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}"
-        )
-        self._require(self.temperature > 0, "temperature", "> 0")
+        super().__post_init__()
         self._require(self.alpha_scale > 0, "alpha_scale", "> 0")
         self._require(self.final_cr >= 1, "final_cr", ">= 1 (1 = nothing is evicted)")
         self._require(self.steps_per_cr > 0, "steps_per_cr", "> 0 steps")
@@ -185,7 +129,6 @@ class DMSConfig:
                 f"--dms-attention-threshold {self.attention_threshold} with --dms-attention-backend "
                 f"{self.attention_backend}: only triton leaves keys out; drop it"
             )
-        self._require(self.importance_scale > 0, "importance_scale", "> 0")
         for name in ("start_limit", "step_limit", "save_limit", "heartbeat_limit"):
             self._require(getattr(self, name) >= 0, name, ">= 0 seconds")
         self._check_method()
@@ -220,13 +163,14 @@ class DMSConfig:
                         f"{other.name} reads this setting; drop it"
                     )
 
-    def _require(self, holds: bool, name: str, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{flag_of(name)} is {getattr(self, name)}, expected {expected}")
+    @classmethod
+    def name_of(cls, name: str) -> str:
+        """Return the flag of a setting, by which messages name it."""
+        return flag_of(name)
 
     @property
     def compression_method(self) -> CompressionMethod:
-        """What becomes of a pair that is not kept, and everything that depends on it."""
+        """The object that holds what becomes of a pair that is not kept, and everything that follows."""
         return METHODS[self.method]
 
     @property
@@ -240,20 +184,20 @@ class DMSConfig:
         return CompressionSchedule(self.final_cr, self.steps_per_cr, self.anneal)
 
     def fade(self, step: int) -> float:
-        """Factor on the borrowed channel at training step `step` of the zeroing phase (DMS paper, appendix).
+        """Return the factor on the borrowed channel at a step of the zeroing phase (DMS paper, appendix).
 
-        It reaches 0 after 80 % of the phase: the rest lets the model settle, and Adam's momentum for the rows
-        that are about to be zeroed die away.
+        The factor reaches 0 after 80 % of the phase. In the rest of the phase the model settles, and Adam's
+        momentum for the rows that are about to be zeroed dies away.
         """
         return max(0.0, 1 - step / (0.8 * self.zeroing_steps))
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint stores."""
+        """Return the settings as a checkpoint stores them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DMSConfig":
-        """The inverse of to_dict; an unknown key is an error."""
+        """Build a config from what `to_dict` returned; an unknown key is an error."""
         unknown = sorted(set(values) - {item.name for item in fields(cls)})
         if unknown:
             raise ValueError(
@@ -265,9 +209,9 @@ class DMSConfig:
         """Compare with the settings that a checkpoint holds.
 
         Args:
-            stored: the checkpoint's settings; keys that it lacks are not compared.
+            stored: the checkpoint's settings. A setting that the checkpoint lacks is not compared.
             resuming: True if training goes on where the checkpoint stopped, so that the schedule must agree
-                too; False if it starts anew from the checkpoint's weights.
+                too. False if a new schedule starts from the checkpoint's weights.
 
         Raises:
             ValueError: names the field and both values.
@@ -291,5 +235,5 @@ class DMSConfig:
 
 
 def flag_of(name: str) -> str:
-    """The command-line flag of a field."""
+    """Return the command-line flag of a field."""
     return "--dms-" + name.replace("_", "-")

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from transformers.cache_utils import Cache, DynamicCache
 
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
+from megatron_dms.hf.configuration_dms import DMSSettings
 from megatron_dms.upstream.transformers_models import model_from_config
 
 
@@ -77,7 +78,8 @@ def make_models(shape: str, cr: float, dtype: torch.dtype, device: torch.device)
     config = SHAPES[shape].config()
     dense = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     _randomize(dense.to(device))
-    entries = config_entries(config.model_type, "query_channel", "head", WINDOW, LAG, 1.0, _NEVER, 0.1, cr)
+    settings = DMSSettings(window=WINDOW, lag=LAG, alpha_scale=1.0, alpha_offset=_NEVER, target_cr=cr)
+    entries = config_entries(config.model_type, settings)
     dms_config = type(config).from_dict({**config.to_dict(), **entries})
     dms = model_from_config(getattr(modeling_dms, MODEL_CLASSES[config.model_type]), dms_config, dtype)
     dms.load_state_dict(dense.state_dict(), assign=True)

@@ -80,7 +80,7 @@ def import_hf(
     check_apart(Path(megatron_dir), Path(hf_dir))
     source = HFFolder(Path(hf_dir))
     model = read_model(source.config, source.dms_metadata)
-    rows = model.family.rows(model, model.dms)
+    rows = model.rows()
     layout = export_files.of_source(source, model, rows)
     taken = [name for row in rows for layer in row.layers(model.layers) for name in row.hf_names(layer)]
     tally = _Tally([source.infos[name] for name in taken], progress)
@@ -181,7 +181,7 @@ def _chunks(source: HFFolder, row: Row, model: Model, tally: _Tally) -> Iterator
 
 def _extra_states(model: Model) -> Iterator[str]:
     """Keys of the empty objects that a model asks for on loading (torch_dist.py)."""
-    linear = model.dms is not None and model.dms["predictor"] == "linear"
+    linear = model.dms is not None and model.dms.predictor == "linear"
     for module in (*_EXTRA_STATE, *(("self_attention.dms_predictor.proj",) if linear else ())):
         for layer in range(model.layers):
             yield f"{MEGATRON_LAYERS}{module}._extra_state/shard_{layer}_{model.layers}"
@@ -191,7 +191,7 @@ def _extra_states(model: Model) -> Iterator[str]:
 def _common_state(model: Model) -> dict[str, object]:
     args = Namespace(**model.family.megatron_args(model))
     if model.dms is not None:
-        args.dms, args.dms_reached_cr = model.dms, model.reached_cr
+        args.dms, args.dms_reached_cr = model.dms.stored(), model.dms.target_cr
     if model.dtype is not None:
         args.bf16, args.fp16 = model.dtype == "bfloat16", model.dtype == "float16"
     return {

@@ -205,7 +205,7 @@ def _known_layout(tensors: MegatronTensors) -> Known:
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
         return {}, {}
     source = HFFolder(folder)
-    layout = of_source(source, tensors.model, tensors.model.family.rows(tensors.model, tensors.model.dms))
+    layout = of_source(source, tensors.model, tensors.model.rows())
     tensors.buffers.update({name: source.rows(name) for name in layout.buffers})
     return {name: (info.file, info.dtype) for name, info in layout.infos.items()}, layout.copies
 

@@ -104,7 +104,7 @@ class MegatronTensors:
                 f"{reader.folder} has {name} {found!r}, but {side_folder / 'config.json'} needs {wanted!r}"
             )
         fields = _dms_fields(reader, args)
-        rows = model.family.rows(model, fields)
+        rows = model.family.rows(model, str(fields["predictor"]) if fields else None)
         reached_cr = _reached_cr(reader, args)
         buffers = _buffers(megatron_dir / HF / BUFFERS)
         found = cls(reader, args, model, rows, side_folder, config, metadata, fields, reached_cr, buffers)

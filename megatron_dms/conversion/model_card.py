@@ -25,9 +25,9 @@ def model_card(dms: DMS, args: Namespace, iteration: int, base: str, base_card: 
     """
     if method_of(dms.fields) is MERGING:
         return _card_of_merging(dms, args, iteration, base, base_card)
-    fields = dms.fields
+    settings = dms.settings
     asked = "unknown" if dms.reached_cr is None else f"{dms.reached_cr:g}"
-    each = "each KV head" if fields["granularity"] == "head" else "KV head 0, for all heads of its layer,"
+    each = "each KV head" if settings.granularity == "head" else "KV head 0, for all heads of its layer,"
     licence = _licence(base_card)
     return f"""---
 base_model: {base}
@@ -40,16 +40,16 @@ library_name: transformers
 # {base}, retrofitted with Dynamic Memory Sparsification
 
 The weights of {base}, trained on so that {each} decides by itself which key-value pairs to forget
-(DMS, NeurIPS 2025, arXiv 2506.05345). A pair that is marked stays readable for {fields["window"]} more
+(DMS, NeurIPS 2025, arXiv 2506.05345). A pair that is marked stays readable for {settings.window} more
 tokens and is then dropped for good, so the KV cache stays small.
 
 | | |
 |---|---|
 | base model | {base} |
 | compression ratio asked for by the schedule | {asked} |
-| window | {fields["window"]} tokens |
-| who decides | {_DECIDES[str(fields["predictor"])]} |
-| decision of a pair | read {fields["lag"]} token(s) later |
+| window | {settings.window} tokens |
+| who decides | {_DECIDES[settings.predictor]} |
+| decision of a pair | read {settings.lag} token(s) later |
 {_training(args, iteration)}
 ## Run it
 

@@ -25,48 +25,20 @@ def export_files() -> list[Path]:
     return sorted(Path(__file__).parent.glob("*_dms.py"))
 
 
-def config_entries(
-    model_type: str,
-    predictor: str,
-    granularity: str,
-    window: int,
-    lag: int,
-    alpha_scale: float,
-    alpha_offset: float,
-    temperature: float,
-    target_cr: float | None,
-    method: str = DMSSettings.method,
-    importance_scale: float = DMSSettings.importance_scale,
-    importance_offset: float = DMSSettings.importance_offset,
-) -> dict[str, Any]:
-    """Keys to add to (or replace in) the base model's config.json; `model_type` itself stays as it is.
+def config_entries(model_type: str, settings: DMSSettings) -> dict[str, Any]:
+    """Return the keys to add to (or replace in) the base model's config.json; `model_type` itself stays.
 
     Args:
         model_type: the base model's, one of SUPPORTED_MODEL_TYPES.
-        predictor, granularity, window, lag, alpha_scale, alpha_offset, temperature, target_cr, method,
-        importance_scale, importance_offset: see DMSSettings; window and lag in tokens.
 
     Raises:
-        ValueError: a model type without an exported class, or a bad setting; the message names it.
+        ValueError: no class is exported for the model type; the message names it.
     """
     if model_type not in MODEL_CLASSES:
         raise ValueError(
             f"model_type is {model_type!r}, expected one of {list(SUPPORTED_MODEL_TYPES)}; to export another "
             f"family, add its class to megatron_dms/hf/{MODELING_MODULE}.py and its name to MODEL_CLASSES"
         )
-    settings = DMSSettings(
-        predictor=predictor,
-        granularity=granularity,
-        window=window,
-        lag=lag,
-        alpha_scale=alpha_scale,
-        alpha_offset=alpha_offset,
-        temperature=temperature,
-        target_cr=target_cr,
-        method=method,
-        importance_scale=importance_scale,
-        importance_offset=importance_offset,
-    )
     class_name = MODEL_CLASSES[model_type]
     return {
         "architectures": [class_name],

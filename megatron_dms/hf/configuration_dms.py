@@ -1,21 +1,47 @@
-"""DMS settings of an exported checkpoint: the `dms_*` keys of its config.json, typed and checked.
+"""The DMS settings of a model: how it decides which pairs to forget, and the `dms_*` keys of a config.json.
 
-The keys are the ones NVIDIA's DMS checkpoints use, plus `dms_predictor` and `dms_lag`, which name what that
-format leaves implicit. Imports nothing outside the standard library, so a converter can check a config
-without torch. (This file is copied flat into every exported checkpoint: relative imports only.)
+`DecisionSettings` are the settings that training, checkpoints and exports share. `DMSSettings` adds what only
+an exported model has, and maps all of it to and from config.json. The keys are the ones NVIDIA's DMS
+checkpoints use, plus `dms_predictor` and `dms_lag`, which name what NVIDIA's format leaves implicit. This
+module imports nothing outside the standard library, so a converter can check a config without torch. (It is
+copied flat into every exported checkpoint, so it may use relative imports only.)
 """
 
-import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-PREDICTORS = ("query_channel", "linear", "key_channel")
+PREDICTORS = ("query_channel", "key_channel", "linear")
 GRANULARITIES = ("head", "layer")
 METHODS = ("evict", "merge")
+MERGING_REQUIRES: Mapping[str, object] = {
+    "predictor": "key_channel",
+    "granularity": "head",
+    "window": 0,
+    "lag": 1,
+}
+"""The settings for which alone merging is defined: field -> value."""
+MERGING_FIELDS = ("method", "importance_scale", "importance_offset")
+"""The fields that a checkpoint or a config.json holds for a model that merges, and for no other model."""
 
-# Written by NVIDIA's exporter for its own runtime: how, never what, is computed.
+_FIELDS = {
+    "dms_predictor": "predictor",
+    "dms_separate_alpha": "separate_alpha",
+    "dms_alpha_per": "granularity",
+    "dms_window_size": "window",
+    "dms_lag": "lag",
+    "dms_alpha_scale": "alpha_scale",
+    "dms_initial_alpha_offset": "alpha_offset",
+    "dms_tau": "temperature",
+    "dms_cr": "target_cr",
+    "dms_disable_eviction": "disable_eviction",
+    **{f"dms_{name}": name for name in MERGING_FIELDS},
+}
+"""Key of config.json -> attribute of DMSSettings, in the order in which the keys are written."""
+_KEYS = {name: key for key, name in _FIELDS.items()}
+KNOWN_KEYS = frozenset(_FIELDS)
+# NVIDIA's exporter writes these keys for its own runtime: they say how, never what, is computed.
 OTHER_RUNTIME_KEYS = frozenset(
     {
         "dms_paged_attention_block_size",
@@ -25,94 +51,133 @@ OTHER_RUNTIME_KEYS = frozenset(
         "dms_manual_inference_mode",
     }
 )
-KNOWN_KEYS = frozenset(
-    {
-        "dms_alpha_scale",
-        "dms_initial_alpha_offset",
-        "dms_window_size",
-        "dms_separate_alpha",
-        "dms_alpha_per",
-        "dms_tau",
-        "dms_cr",
-        "dms_disable_eviction",
-        "dms_predictor",
-        "dms_lag",
-        "dms_method",
-        "dms_importance_scale",
-        "dms_importance_offset",
-    }
-)
-# Without these nobody can tell what the model does; the others have a default in every format.
+# Without these keys nobody can tell what the model does. The other keys have a default in every format.
 NEEDED_KEYS = ("dms_window_size", "dms_alpha_scale", "dms_initial_alpha_offset")
 
 
-@dataclass(frozen=True)
-class DMSSettings:
-    """How one exported model decides what to forget. Construction raises ValueError on any bad value."""
+def _setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """Return a field with its help text, which is also the help of the training flag of the same name."""
+    return field(default=default, metadata={"help": help, "choices": choices, "scope": "model"})
 
-    predictor: str
-    """Where the eviction logit comes from: "query_channel", "linear" or "key_channel" (paper, section
-    3.2)."""
-    granularity: str
-    """"head": each KV head decides for itself; "layer": KV head 0 decides for all heads of its layer."""
-    window: int
-    """w, in tokens: a marked pair stays readable for queries at a distance of at most w."""
-    lag: int = 1
-    """Pair j's decision is read from token j + lag, in tokens."""
-    alpha_scale: float = 100.0
-    """Factor on the raw predictor output; z = alpha_scale * raw - alpha_offset."""
-    alpha_offset: float = 5.0
-    """Subtracted from the logit, so that an untrained predictor evicts nothing."""
-    temperature: float = 0.1
-    """tau of the training-time relaxation. For the reader only: inference takes 1[z > 0]."""
+
+@dataclass(frozen=True)
+class DecisionSettings:
+    """How a model decides which pairs to forget. Every run from the model's weights must agree on them.
+
+    Raises:
+        ValueError: on construction, naming the setting, the value found and what is expected.
+    """
+
+    method: str = _setting(
+        "evict",
+        "what becomes of a pair that is not kept: evict (DMS), or merge it into the pair before, as DMC does "
+        "(arXiv 2403.09636): for comparison with DMS; merge needs the predictor key_channel, granularity "
+        "head, window 0 and lag 1",
+        choices=METHODS,
+    )
+    predictor: str = _setting(
+        "query_channel",
+        "where the eviction logit comes from: the last channel of the first query head of each group, the "
+        "last channel of the key, or a linear layer of its own on the residual stream (section 3)",
+        choices=PREDICTORS,
+    )
+    granularity: str = _setting(
+        "head", "one decision per KV head, or one per layer (KV head 0's)", choices=GRANULARITIES
+    )
+    alpha_scale: float = _setting(100.0, "eviction logit = alpha_scale * raw value - alpha_offset; > 0")
+    alpha_offset: float = _setting(
+        5.0,
+        "see alpha_scale; 5 makes the first decisions sigmoid(-5) = 0.007: nothing is evicted at the start",
+    )
+    window: int = _setting(
+        256, "tokens for which a pair marked for eviction stays readable; 0 or more (section 3)"
+    )
+    lag: int = _setting(
+        1,
+        "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's "
+        "text, equal to the window for immediate eviction, the paper's inferior ablation",
+    )
+    temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)")
+    importance_scale: float = _setting(
+        1.0,
+        "merge: a pair's weight in the mean is sigmoid(importance_scale * raw value - importance_offset), "
+        "raw value: the last channel of its group's first query head; > 0",
+    )
+    importance_offset: float = _setting(0.0, "merge: see importance_scale")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices and value not in choices:
+                raise ValueError(
+                    f"{self.name_of(item.name)} is {value!r}, expected one of {', '.join(choices)}"
+                )
+            if item.type is float:
+                self._require(_is_finite(value), item.name, "a finite number")
+        for name in ("window", "lag"):
+            self._require(type(getattr(self, name)) is int, name, "a whole number of tokens")
+        self._require(self.window >= 0, "window", ">= 0 tokens")
+        self._require(
+            0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}"
+        )
+        self._require(self.temperature > 0, "temperature", "> 0")
+        self._require(self.importance_scale > 0, "importance_scale", "> 0")
+
+    @classmethod
+    def name_of(cls, name: str) -> str:
+        """Return what a message calls a setting: its key in config.json, or its flag (DMSConfig)."""
+        return _KEYS[name]
+
+    def _require(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{self.name_of(name)} is {getattr(self, name)!r:.80}, expected {expected}")
+
+    @classmethod
+    def stored_names(cls, method: str) -> tuple[str, ...]:
+        """Return the fields that `args.dms` of an imported model holds; without `method`, a model evicts."""
+        names = tuple(item.name for item in fields(DecisionSettings) if item.name not in MERGING_FIELDS)
+        return names + (MERGING_FIELDS if method == "merge" else ())
+
+    def stored(self) -> dict[str, object]:
+        """Return the settings as `args.dms` of an imported model holds them."""
+        return {name: getattr(self, name) for name in self.stored_names(self.method)}
+
+
+@dataclass(frozen=True)
+class DMSSettings(DecisionSettings):
+    """The settings of one exported model. Construction raises ValueError on any bad value."""
+
     target_cr: float | None = None
     """Compression ratio the checkpoint was trained to. For the reader only."""
     disable_eviction: bool = False
     """Keep every pair (for comparison). The borrowed channel stays out of attention all the same."""
 
-    method: str = "evict"
-    """What becomes of a marked pair: "evict", or "merge" it into the one before (DMC, for comparison: see
-    megatron_dms/inference/dmc_model.py, which alone runs such a model)."""
-    importance_scale: float = 1.0
-    """"merge": a pair's weight in the mean is sigmoid(importance_scale * raw - importance_offset)."""
-    importance_offset: float = 0.0
-    """See importance_scale."""
-
     def __post_init__(self) -> None:
-        _expect_choice("dms_method", self.method, METHODS)
-        _expect_choice("dms_predictor", self.predictor, PREDICTORS)
-        _expect_choice("dms_alpha_per", self.granularity, GRANULARITIES)
-        _expect_int("dms_window_size", self.window)
-        _expect_int("dms_lag", self.lag)
-        if self.lag > self.window + 1:
+        super().__post_init__()
+        found = tuple(getattr(self, name) for name in MERGING_REQUIRES)
+        wanted = tuple(MERGING_REQUIRES.values())
+        if self.method == "merge" and found != wanted:
             raise ValueError(
-                f"dms_lag is {self.lag} and dms_window_size is {self.window}: a decision must be known when "
-                f"its pair leaves the window, so dms_lag must be at most window + 1 = {self.window + 1}"
-            )
-        _expect_number("dms_alpha_scale", self.alpha_scale)
-        _expect_number("dms_initial_alpha_offset", self.alpha_offset)
-        _expect_number("dms_tau", self.temperature, above=0.0)
-        _expect_number("dms_importance_scale", self.importance_scale, above=0.0)
-        _expect_number("dms_importance_offset", self.importance_offset)
-        found = (self.predictor, self.granularity, self.window, self.lag)
-        if self.method == "merge" and found != ("key_channel", "head", 0, 1):
-            raise ValueError(
-                f"dms_method is 'merge' with (dms_predictor, dms_alpha_per, dms_window_size, dms_lag) = "
-                f"{found}, expected ('key_channel', 'head', 0, 1), for which alone merging is defined"
+                f"dms_method is 'merge' with ({', '.join(map(self.name_of, MERGING_REQUIRES))}) = {found}, "
+                f"expected {wanted}, for which alone merging is defined"
             )
         for name in ("importance_scale", "importance_offset"):
             value = getattr(self, name)
             if self.method != "merge" and value != getattr(type(self), name):
                 raise ValueError(
-                    f"dms_{name} is {value} with dms_method {self.method!r}: only 'merge' weighs pairs; "
-                    "remove it"
+                    f"{self.name_of(name)} is {value} with dms_method {self.method!r}: only 'merge' weighs "
+                    "pairs; remove it"
                 )
         if self.target_cr is not None:
-            _expect_number("dms_cr", self.target_cr)
-            if self.target_cr < 1:
-                raise ValueError(f"dms_cr is {self.target_cr}, expected null or a ratio of at least 1")
+            self._require(_is_finite(self.target_cr), "target_cr", "a finite number")
+            self._require(self.target_cr >= 1, "target_cr", "null or a ratio of at least 1")
         if not isinstance(self.disable_eviction, bool):
             raise ValueError(f"dms_disable_eviction is {self.disable_eviction!r}, expected true or false")
+
+    @property
+    def separate_alpha(self) -> bool:
+        """Whether the predictor has tensors of its own: NVIDIA's name for the linear predictor."""
+        return self.predictor == "linear"
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, Any]) -> "DMSSettings":
@@ -132,45 +197,20 @@ class DMSSettings:
         if missing:
             names = ", ".join(missing)
             raise ValueError(f"{names} missing from the model config: it is not a DMS checkpoint's")
-        return cls(
-            predictor=_predictor(dms),
-            granularity=dms.get("dms_alpha_per", "head"),
-            window=dms["dms_window_size"],
-            lag=dms.get("dms_lag", cls.lag),
-            alpha_scale=dms["dms_alpha_scale"],
-            alpha_offset=dms["dms_initial_alpha_offset"],
-            temperature=dms.get("dms_tau", cls.temperature),
-            target_cr=dms.get("dms_cr"),
-            disable_eviction=dms.get("dms_disable_eviction", cls.disable_eviction),
-            method=dms.get("dms_method", cls.method),
-            importance_scale=dms.get("dms_importance_scale", cls.importance_scale),
-            importance_offset=dms.get("dms_importance_offset", cls.importance_offset),
-        )
+        values = {item.name: dms[_KEYS[item.name]] for item in fields(cls) if _KEYS[item.name] in dms}
+        return cls(**{**values, "predictor": _predictor(dms)})
 
     def to_entries(self) -> dict[str, Any]:
-        """The config.json keys that `from_entries` reads back to this object."""
-        merging = {
-            "dms_method": self.method,
-            "dms_importance_scale": self.importance_scale,
-            "dms_importance_offset": self.importance_offset,
-        }
+        """Return the config.json keys that `from_entries` reads back to this object."""
         return {
-            "dms_predictor": self.predictor,
-            "dms_separate_alpha": self.predictor == "linear",
-            "dms_alpha_per": self.granularity,
-            "dms_window_size": self.window,
-            "dms_lag": self.lag,
-            "dms_alpha_scale": self.alpha_scale,
-            "dms_initial_alpha_offset": self.alpha_offset,
-            "dms_tau": self.temperature,
-            "dms_cr": self.target_cr,
-            "dms_disable_eviction": self.disable_eviction,
-            **(merging if self.method == "merge" else {}),
+            key: getattr(self, name)
+            for key, name in _FIELDS.items()
+            if self.method == "merge" or name not in MERGING_FIELDS
         }
 
 
 def _predictor(dms: Mapping[str, Any]) -> str:
-    """The predictor that `dms_predictor` and NVIDIA's older `dms_separate_alpha` agree on."""
+    """Return the predictor that `dms_predictor` and NVIDIA's older `dms_separate_alpha` agree on."""
     separate = dms.get("dms_separate_alpha")
     if separate is not None and not isinstance(separate, bool):
         raise ValueError(f"dms_separate_alpha is {separate!r}, expected true or false")
@@ -185,18 +225,8 @@ def _predictor(dms: Mapping[str, Any]) -> str:
     return predictor
 
 
-def _expect_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{key} is {value!r}, expected one of {list(choices)}")
-
-
-def _expect_int(key: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key} is {value!r}, expected an integer >= 0 (in tokens)")
-
-
-def _expect_number(key: str, value: Any, above: float = -math.inf) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not above < value < math.inf or abs(value) > sys.float_info.max:
-        bound = "" if above == -math.inf else f" above {above}"
-        raise ValueError(f"{key} is {str(value)[:80]}, expected a finite number{bound}")
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN

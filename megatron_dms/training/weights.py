@@ -103,9 +103,9 @@ class HFWeights(Weights):
         self.iteration = 0
         self._source = HFFolder(folder)
         model = read_model(self._source.config, self._source.dms_metadata)
-        self._rows = model.family.rows(model, model.dms)
+        self._rows = model.rows()
         self._layout = of_source(self._source, model, self._rows)
-        self.args = Namespace(**model.family.megatron_args(model), dms=model.dms)
+        self.args = Namespace(**model.family.megatron_args(model), dms=model.dms and model.dms.stored())
 
     def load(self, models: "list[GPTModel]") -> None:
         """See Weights; only the slices that this rank needs are read."""

@@ -32,9 +32,13 @@ def save_qwen2_dms(folder: Path) -> None:
     from transformers import Qwen2Config
 
     from megatron_dms.hf import config_entries, modeling_dms
+    from megatron_dms.hf.configuration_dms import DMSSettings
 
     torch.manual_seed(3)
-    entries = config_entries("qwen2", "linear", "head", WINDOW, 1, 1.0, 0.0, 0.1, 4.0)
+    settings = DMSSettings(
+        predictor="linear", window=WINDOW, alpha_scale=1.0, alpha_offset=0.0, target_cr=4.0
+    )
+    entries = config_entries("qwen2", settings)
     sizes = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     model = modeling_dms.Qwen2ForCausalLMDMS(Qwen2Config(**sizes, **heads, **entries))

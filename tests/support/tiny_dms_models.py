@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
+from megatron_dms.hf.configuration_dms import DMSSettings
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 3, 4, 2, 16, 64
 WINDOWS_AND_LAGS = [(0, 0), (0, 1), (3, 0), (3, 1), (3, 3), (7, 0), (7, 1), (7, 7)]
@@ -28,7 +29,9 @@ def tiny_config(
 
     Its scale and offset let a good half of the pairs be evicted.
     """
-    entries = config_entries(family, predictor, granularity, window, lag, 1.0, offset, 0.1, 4.0)
+    decisions = {"predictor": predictor, "granularity": granularity, "window": window, "lag": lag}
+    settings = DMSSettings(**decisions, alpha_scale=1.0, alpha_offset=offset, target_cr=4.0)
+    entries = config_entries(family, settings)
     family_changes = {"mistral": {"sliding_window": None}}.get(family, {})
     sizes = {
         "vocab_size": VOCAB,

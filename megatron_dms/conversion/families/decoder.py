@@ -21,6 +21,7 @@ from megatron_dms.conversion.transforms import (
     Vocabulary,
 )
 from megatron_dms.errors import CheckpointError
+from megatron_dms.hf.configuration_dms import DMSSettings
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,14 @@ class Family:
             tied=keys.flag(config, "tie_word_embeddings", default=False),
             rope=rope_parameters(config),
             dtype=keys.dtype(config),
-            dms=found_dms.fields if found_dms else None,
-            reached_cr=found_dms.reached_cr if found_dms else None,
+            dms=found_dms.settings if found_dms else None,
         )
 
-    def rows(self, model: "Model", dms_fields: Mapping[str, object] | None) -> list[Row]:
-        """The name table, with the predictor of `dms_fields` (args.dms; None for a base model).
+    def rows(self, model: "Model", predictor: str | None) -> list[Row]:
+        """Return the name table, with the tensors of a predictor (None for a base model).
 
-        Norms carry the names of Megatron's fused TE layers; its local spec maps to them on saving and
-        loading.
+        Norms carry the names of Megatron's fused TE layers. Megatron's local spec maps to these names on
+        saving and loading.
         """
         hidden, head = model.hidden, model.head_size
         q, kv = model.heads * head, model.groups * head
@@ -127,8 +127,8 @@ class Family:
         ]
         if not model.tied:
             rows.append(Vocabulary("output_layer.weight", ("lm_head.weight",), ((model.vocab, hidden),)))
-        if dms_fields is not None:
-            rows += dms_formats.predictor_rows(dms_fields, hidden, model.groups, bias=self.qkv_bias)
+        if predictor == "linear":
+            rows += dms_formats.predictor_rows(hidden, model.groups, bias=self.qkv_bias)
         return rows
 
     def megatron_args(self, model: "Model") -> dict[str, object]:
@@ -174,8 +174,8 @@ class Family:
 class Model:
     """A checked config.json.
 
-    dtype: a name of torch's ("bfloat16"), None where the file gives none. dms and reached_cr: what
-    `args.dms` and `args.dms_reached_cr` of a checkpoint will be; None for a base model.
+    dtype: a name of torch's ("bfloat16"), None where the file gives none. dms: the settings of a DMS model,
+    None for a base model.
     """
 
     family: Family
@@ -191,5 +191,8 @@ class Model:
     tied: bool
     rope: RopeParameters
     dtype: str | None
-    dms: dict[str, object] | None
-    reached_cr: float | None
+    dms: DMSSettings | None
+
+    def rows(self) -> list[Row]:
+        """Return the name table of the model as its config.json describes it."""
+        return self.family.rows(self, self.dms.predictor if self.dms else None)

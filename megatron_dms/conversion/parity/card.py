@@ -100,7 +100,7 @@ class ParityCard:
             "rope": dict(model.rope),
             "max_position_embeddings": model.positions,
             "tied": model.tied,
-            "dms": None if model.dms is None else dict(model.dms),
+            "dms": None if model.dms is None else model.dms.stored(),
             "versions": {name: version(name) for name in _PACKAGES},
             "tolerance": LOGIT_TOLERANCE,
             "logits": [_flat(row) for row in self.logits],
@@ -120,7 +120,7 @@ class ParityCard:
         yield f"- model: {model.family.model_type}, {model.dtype}, {'tied' if model.tied else 'untied'}"
         yield f"- RoPE: {model.rope['rope_type']} ({rope}), max_position_embeddings {model.positions}"
         if model.dms is not None:
-            settings = ", ".join(f"{key} {value}" for key, value in model.dms.items())
+            settings = ", ".join(f"{key} {value}" for key, value in model.dms.stored().items())
             yield f"- DMS: {settings}"
         yield f"- versions: {', '.join(f'{name} {version(name)}' for name in _PACKAGES)}"
         total, unequal = len(self.tensors), [tensor for tensor in self.tensors if not tensor.equal]

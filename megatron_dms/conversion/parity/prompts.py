@@ -4,7 +4,6 @@ Tokens are random and fixed by a seed: they reach every row of the vocabulary, w
 described by numbers alone, so that every process makes the same tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +73,7 @@ def choose_prompts(model: Model, prompt_tokens: int) -> tuple[list[Prompts], lis
             f"--prompt-tokens is {prompt_tokens}, expected 1 to {model.positions} for this model"
         )
     if model.dms is not None:
-        return _choose_without_gaps(model, model.dms, prompt_tokens)
+        return _choose_without_gaps(model, model.dms.window, prompt_tokens)
     sets = [Prompts(tuple(range(prompt_tokens)), model.vocab)]
     if model.rope["rope_type"] not in _UNSCALED_ROPE:
         sets.append(Prompts(_spread(_scaled_context(model), max(prompt_tokens, 2)), model.vocab))
@@ -82,17 +81,17 @@ def choose_prompts(model: Model, prompt_tokens: int) -> tuple[list[Prompts], lis
 
 
 def _choose_without_gaps(
-    model: Model, dms: Mapping[str, object], prompt_tokens: int
+    model: Model, window: int, prompt_tokens: int
 ) -> tuple[list[Prompts], list[NotCompared]]:
     left_out: list[NotCompared] = []
     lengths, longest = [prompt_tokens], min(_LONGEST_DMS_PROMPT, model.positions)
-    if dms["window"] + prompt_tokens <= longest:
-        lengths = [dms["window"] + prompt_tokens]
+    if window + prompt_tokens <= longest:
+        lengths = [window + prompt_tokens]
     else:
         left_out.append(
             NotCompared(
                 "attention after an eviction",
-                f"the window of {dms['window']} and {prompt_tokens} tokens beyond it are more than {longest}",
+                f"the window of {window} and {prompt_tokens} tokens beyond it are more than {longest}",
             )
         )
     original = original_context(model)

@@ -42,8 +42,8 @@ def _load(folder: HFFolder, model: Model) -> "PreTrainedModel":
     if model.dms is None:
         network_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     else:
-        entries = dms_formats.config_entries(model.dms, model.family.model_type, model.reached_cr)
-        network_class = method_of(model.dms).exported_class(model.family.model_type)
+        entries = dms_formats.config_entries(model.dms, model.family.model_type)
+        network_class = method_of(model.dms.stored()).exported_class(model.family.model_type)
     network = network_class.from_pretrained(
         folder.path,
         config=config_class.from_dict({**folder.config, **entries}),

@@ -22,6 +22,7 @@ from megatron_dms.conversion_options import CARD, LAYOUT_SIZES
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats.megatron_folder import RELEASE
 from megatron_dms.formats.tensor_rows import same_bits
+from megatron_dms.hf.configuration_dms import DMSSettings
 
 LAYOUTS = {name: Layout(tp, pp) for name, (tp, pp) in LAYOUT_SIZES.items()}
 """The layouts at which logits are compared, by the names that the command line gives them."""
@@ -104,7 +105,7 @@ def compare_logits(
     found: Sequence[Outputs],
 ) -> list[LogitParity]:
     """One entry for each set of prompts."""
-    fields = model.dms or {"window": 0, "lag": 0}
+    window, lag = (model.dms.window, model.dms.lag) if model.dms else (0, 0)
     original = original_context(model)
     return [
         LogitParity(
@@ -114,21 +115,23 @@ def compare_logits(
             first_position=prompts.positions[0],
             last_position=prompts.positions[-1],
             past_original_context=None if original is None else prompts.positions[-1] >= original,
-            agreement=agreement(theirs, ours, fields["window"], fields["lag"]),
+            agreement=agreement(theirs, ours, window, lag),
         )
         for prompts, theirs, ours in zip(sets, reference, found, strict=True)
     ]
 
 
-def _check_same_dms(hf: Mapping[str, object] | None, megatron: Mapping[str, object] | None) -> None:
-    """Both sides must decide by the same settings (the temperature plays a part in training only)."""
-    if (hf is None) != (megatron is None):
+def _check_same_dms(hf: DMSSettings | None, megatron: Mapping[str, object] | None) -> None:
+    """Check that both sides decide by the same settings (the temperature plays a part in training only)."""
+    if hf is None and megatron is None:
+        return
+    if hf is None or megatron is None:
         with_dms, without = ("Megatron", "HF") if hf is None else ("HF", "Megatron")
         raise CheckpointError(
             f"the {with_dms} checkpoint has DMS and the {without} checkpoint has none; compare a trained "
             "checkpoint with its export, or a base model with its import"
         )
-    for name, value in (hf or {}).items():
+    for name, value in hf.stored().items():
         if name != "temperature" and megatron.get(name) != value:
             raise CheckpointError(
                 f"DMS setting {name} is {value!r} in the HF checkpoint and {megatron.get(name)!r} in the "

@@ -24,6 +24,7 @@ from megatron_dms.conversion.parity.ranks import Task, megatron_outputs
 from megatron_dms.conversion.parity.reference_model import reference_outputs
 from megatron_dms.conversion.parity.verify import LAYOUTS, compare_logits
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
+from megatron_dms.hf.configuration_dms import DMSSettings
 from megatron_dms.inference.dmc_model import merging_class
 from tests.support.hf_checkpoints import LINEAR, LLAMA3, MAKERS, SHAPE, YARN, edit_config, make_llama, save
 
@@ -35,7 +36,9 @@ WINDOW, LAG = 6, 2
 def make_dms(folder: Path, family: str, predictor: str, granularity: str = "head", **changes: object) -> Path:
     """Save a random model of the package's own DMS class."""
     settings = {"window": WINDOW, "lag": LAG, "alpha_scale": 100.0, "alpha_offset": 5.0, "temperature": 0.1}
-    entries = config_entries(family, predictor, granularity, target_cr=2.0, **settings)
+    entries = config_entries(
+        family, DMSSettings(predictor=predictor, granularity=granularity, target_cr=2.0, **settings)
+    )
     sliding = {"sliding_window": None} if family == "mistral" else {}
     config = CONFIG_MAPPING[family](**{**SHAPE, "head_dim": 8, **sliding, **entries, **changes})
     network = getattr(modeling_dms, MODEL_CLASSES[family])(config)
@@ -49,7 +52,9 @@ def make_merging(folder: Path) -> Path:
     """Save a random model that merges pairs, in a folder like that of an export."""
     settings = {"window": 0, "lag": 1, "alpha_scale": 100.0, "alpha_offset": 5.0, "temperature": 0.1}
     merging = {"method": "merge", "importance_scale": 2.0, "importance_offset": 0.5}
-    entries = config_entries("qwen3", "key_channel", "head", target_cr=2.0, **settings, **merging)
+    entries = config_entries(
+        "qwen3", DMSSettings(predictor="key_channel", target_cr=2.0, **settings, **merging)
+    )
     config = CONFIG_MAPPING["qwen3"](**{**SHAPE, "head_dim": 8, **entries})
     save(merging_class("qwen3")(config), folder, torch.float32)
     edit_config(folder, architectures=entries["architectures"])  # transformers writes its class's name

@@ -15,6 +15,7 @@ from megatron_dms.conversion.megatron_tensors import MegatronTensors
 from megatron_dms.conversion.parity.verify import compare_tensors
 from megatron_dms.conversion.transforms import FusedQKV, Vocabulary
 from megatron_dms.formats.torch_dist import Reader
+from megatron_dms.hf.configuration_dms import DMSSettings
 from tests.support.checkpoint_edits import DMS, files_of, join, rewrite, tensors_of
 from tests.support.hf_checkpoints import MAKERS, SHAPE, VOCAB, edit_config, make_llama, make_qwen3, save
 from tests.support.tools import ROOT, run_tool
@@ -123,7 +124,7 @@ def test_a_retrofitted_checkpoint_is_exported_with_predictor_settings_and_code(t
     rewrite(megatron, predictor, {"dms": {**DMS, "final_cr": 8.0}, "dms_reached_cr": 4.0}, iteration=7)
     export_hf(megatron, out := tmp_path / "out")
     base, config = (json.loads((folder / "config.json").read_text()) for folder in (source, out))
-    entries = hf.config_entries(model_type="qwen3", target_cr=4.0, **DMS)
+    entries = hf.config_entries("qwen3", DMSSettings(target_cr=4.0, **DMS))
     assert config == {**base, **entries} and config["dms_separate_alpha"] is True
     assert {file.name for file in hf.export_files()} <= {file.name for file in out.iterdir()}
     exported = tensors_of(out)

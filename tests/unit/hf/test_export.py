@@ -123,7 +123,7 @@ def test_predictor_tensors_must_match_the_config(tmp_path):
 @pytest.mark.parametrize("predictor", ["query_channel", "linear", "key_channel"])
 def test_config_entries_read_back(model_type, predictor):
     """Catches a key written under one name and read under another, and an auto_map to no class."""
-    entries = config_entries(model_type, **(SETTINGS | {"predictor": predictor}))
+    entries = config_entries(model_type, DMSSettings(**(SETTINGS | {"predictor": predictor})))
     module, class_name = entries["auto_map"]["AutoModelForCausalLM"].split(".")
     assert f"{module}.py" in {file.name for file in export_files()}
     assert entries["architectures"] == [class_name]
@@ -149,7 +149,7 @@ def test_nvidia_config_is_read_as_it_is():
         ({"dms_alpha_per": "group"}, "dms_alpha_per.*group"),
         ({"dms_window_size": -1}, "dms_window_size"),
         ({"dms_window_size": 3.0}, "dms_window_size"),
-        ({"dms_window_size": 3, "dms_lag": 5}, "dms_lag is 5 and dms_window_size is 3"),
+        ({"dms_window_size": 3, "dms_lag": 5}, r"dms_lag is 5, expected between 0 and window \+ 1 = 4"),
         ({"dms_alpha_scale": float("nan")}, "dms_alpha_scale"),
         ({"dms_tau": 0}, "dms_tau"),
         ({"dms_cr": 0.5}, "dms_cr"),
@@ -168,7 +168,7 @@ def test_missing_window_and_unknown_family_are_refused():
     with pytest.raises(ValueError, match="dms_window_size, dms_initial_alpha_offset missing"):
         DMSSettings.from_entries({"dms_alpha_scale": 100.0})
     with pytest.raises(ValueError, match="gpt2.*qwen3"):
-        config_entries("gpt2", **SETTINGS)
+        config_entries("gpt2", DMSSettings(**SETTINGS))
 
 
 def test_exported_files_import_torch_and_transformers_only():

@@ -29,7 +29,8 @@ SETTINGS |= {"importance_scale": 1.5, "importance_offset": 0.2}
 def merging_model(family: str = "qwen3"):
     """Return a model with a true mixture of decisions and importances."""
     torch.manual_seed(0)
-    model = dmc_model.merging_class(family)(tiny_config(family, **config_entries(family, **SETTINGS))).eval()
+    entries = config_entries(family, DMSSettings(**SETTINGS))
+    model = dmc_model.merging_class(family)(tiny_config(family, **entries)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
@@ -40,7 +41,7 @@ def exported(folder: Path) -> Path:
     """Write a model as `convert export` writes it, without the tokenizer."""
     merging_model().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | config_entries("qwen3", **SETTINGS)))
+    (folder / "config.json").write_text(json.dumps(config | config_entries("qwen3", DMSSettings(**SETTINGS))))
     for file in export_files():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
@@ -205,7 +206,7 @@ def test_what_an_export_is_loaded_by(tmp_path: Path) -> None:
 def test_settings_are_checked(change: dict) -> None:
     """Catches: a config.json of which a key would be ignored."""
     with pytest.raises(ValueError, match="dms_method|dms_importance"):
-        config_entries("qwen3", **SETTINGS | change)
+        config_entries("qwen3", DMSSettings(**SETTINGS | change))
 
 
 def test_formats() -> None:
@@ -221,5 +222,6 @@ def test_formats() -> None:
         with pytest.raises(CheckpointError, match=f"{other} knows no merging"):
             dms_formats.write_config({}, None, dms_formats.stored(read.fields, 4.0, other), None)
     assert not any(
-        "method" in key or "importance" in key for key in DMSSettings("linear", "head", 3).to_entries()
+        "method" in key or "importance" in key
+        for key in DMSSettings(predictor="linear", window=3).to_entries()
     )
