@@ -15,6 +15,7 @@ from megatron_dms.conversion.hf_folder import INDEX, HFFolder
 from megatron_dms.formats import torch_dist
 from megatron_dms.formats.megatron_folder import SOURCE
 from megatron_dms.formats.torch_dist import Chunk, Reader
+from megatron_dms.upstream import torch_checkpoint
 from tests.support.checkpoint_edits import DMS, edit_metadata, files_of, rewrite, store_again, tensors_of
 from tests.support.hf_checkpoints import make_qwen3
 
@@ -260,24 +261,24 @@ def _misplaced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _without_an_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = torch_dist._Writer.finish
+    finish = torch_checkpoint._Writer.finish
 
     def lose(self: object, metadata: object, results: object) -> None:
         del metadata.state_dict_metadata["decoder.final_layernorm._extra_state/shard_0_1"]
         finish(self, metadata, results)
 
-    monkeypatch.setattr(torch_dist._Writer, "finish", lose)
+    monkeypatch.setattr(torch_checkpoint._Writer, "finish", lose)
 
 
 def _cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = torch_dist._Writer.finish
+    finish = torch_checkpoint._Writer.finish
 
     def cut(self: object, metadata: object, results: object) -> None:
         finish(self, metadata, results)
         path = Path(self.fs.concat_path(self.path, "__0_0.distcp"))
         path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(torch_dist._Writer, "finish", cut)
+    monkeypatch.setattr(torch_checkpoint._Writer, "finish", cut)
 
 
 @pytest.mark.parametrize(

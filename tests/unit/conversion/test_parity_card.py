@@ -16,6 +16,7 @@ from megatron_dms.conversion.parity.prompts import Prompts, choose_prompts
 from megatron_dms.conversion.parity.ranks import Layout, Task, megatron_outputs
 from megatron_dms.conversion.parity.verify import verify
 from megatron_dms.formats.torch_dist import Reader
+from megatron_dms.hf.configuration_dms import DMSSettings
 from tests.support.checkpoint_edits import rewrite
 from tests.support.hf_checkpoints import VOCAB, edit_config, make_llama, make_qwen3
 from tests.support.tools import Done, run_tool
@@ -163,11 +164,11 @@ def test_dms_settings_must_agree(tmp_path: Path) -> None:
 def test_prompts_of_dms_models(tmp_path: Path) -> None:
     """Catches: prompts that stay inside the window where they need not, a comparison given up in silence."""
     plain = read_model(json.loads((make_llama(tmp_path / "hf") / "config.json").read_text()))
-    model = replace(plain, positions=8192, dms={"window": 512, "lag": 1})
+    model = replace(plain, positions=8192, dms=DMSSettings(window=512))
     sets, left_out = choose_prompts(model, 64)
     assert [len(prompts.positions) for prompts in sets] == [512 + 64] and not left_out
     rope = {**plain.rope, "original_max_position_embeddings": 2048}
-    sets, left_out = choose_prompts(replace(model, dms={"window": 2000, "lag": 1}, rope=rope), 64)
+    sets, left_out = choose_prompts(replace(model, dms=DMSSettings(window=2000), rope=rope), 64)
     assert [len(prompts.positions) for prompts in sets] == [64]
     reasons = {item.what: item.why for item in left_out}
     assert "window of 2000" in reasons["attention after an eviction"]

@@ -89,7 +89,7 @@ def test_parameters_are_those_of_the_name_tables(model_type: str, tied: bool, tm
     size = of_folder(tmp_path)
     assert size == replace(wanted, name=tmp_path.name)
     model = read_model(config)
-    rows = model.family.rows(model, {"predictor": "linear"})
+    rows = model.family.rows(model, "linear")
     total = sum(prod(row.megatron_shape) * len(row.layers(model.layers)) for row in rows)
     assert size.parameters() + size.layers * size.predictor_parameters() == total
 
