@@ -1,14 +1,10 @@
 """The console command `megatron-dms` and its subcommands: what they list, import and refuse."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from megatron_dms.cli import COMMANDS, main
+from tests.support.tools import ROOT, run_python, run_tool
 
-ROOT = Path(__file__).parents[2]
 _HEAVY = {"torch", "transformers", "megatron", "matplotlib"}
 _HELP = """
 import sys
@@ -23,10 +19,9 @@ print("\\nimported:", *{name.partition(".")[0] for name in sys.modules})
 
 def _ask(*words: str) -> tuple[str, set[str]]:
     """What a command prints, and the packages that its process has imported."""
-    command = [sys.executable, "-c", _HELP, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr
-    text, _, imported = done.stdout.rpartition("\nimported:")
+    done = run_python("-c", _HELP, *words)
+    assert done.status == 0, done.error
+    text, _, imported = done.out.rpartition("\nimported:")
     return text, set(imported.split())
 
 
@@ -74,6 +69,5 @@ def test_every_subcommand_has_its_script() -> None:
         "preprocess_data"
     }
     for script in scripts:
-        command = [sys.executable, f"tools/{script}.py", "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=False)
-        assert done.returncode == 0 and done.stdout.startswith(f"usage: tools/{script}.py "), done.stderr
+        done = run_tool(f"tools/{script}.py", "--help", process=True)
+        assert done.status == 0 and done.out.startswith(f"usage: tools/{script}.py "), done.error

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.tools import ROOT, run_python
+
 SCHEMAS = {
     ".github/workflows/*.yml": "vendor.github-workflows",
     ".github/dependabot.yml": "vendor.dependabot",
@@ -16,27 +17,21 @@ SCHEMAS = {
 }
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", *map(str, command)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-
-
 @pytest.mark.parametrize("pattern", SCHEMAS)
 def test_files_follow_their_schema(pattern: str) -> None:
     """Catches: a key that GitHub does not know, a job without steps, a template without a body."""
     files = sorted(ROOT.glob(pattern))
     assert files
-    done = run("check_jsonschema", "--builtin-schema", SCHEMAS[pattern], *files)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_python("-m", "check_jsonschema", "--builtin-schema", SCHEMAS[pattern], *files)
+    assert done.status == 0, done.out + done.error
 
 
 def test_a_broken_workflow_is_refused(tmp_path: Path) -> None:
     """Catches: a check of schemas that accepts anything."""
     broken = (ROOT / ".github/workflows/ci.yml").read_text().replace("runs-on:", "runs-upon:")
     (tmp_path / "ci.yml").write_text(broken)
-    assert run(
-        "check_jsonschema", "--builtin-schema", SCHEMAS[".github/workflows/*.yml"], tmp_path / "ci.yml"
-    ).returncode
+    schema = SCHEMAS[".github/workflows/*.yml"]
+    assert run_python("-m", "check_jsonschema", "--builtin-schema", schema, tmp_path / "ci.yml").status
 
 
 def test_workflows_are_safe() -> None:
@@ -62,12 +57,5 @@ def test_workflows_run_targets_that_exist() -> None:
 
 def test_the_site_builds_without_a_warning() -> None:
     """Catches: a page that the navigation lacks, a link or an anchor that leads nowhere."""
-    done = subprocess.run(
-        [sys.executable, "scripts/site.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_python(ROOT / "scripts" / "site.py", cwd=ROOT, timeout=300)
+    assert done.status == 0, done.out + done.error
