@@ -201,7 +201,7 @@ def _cost(options: argparse.Namespace) -> None:
     if not settings["eviction"]:
         print("eviction is switched off (dms_disable_eviction): every pair is kept, CR 1")
     print(generation_cost.cost_table(rows, result))
-    print("reads and pairs: means over layers and KV heads; all: sums, and of the peaks the largest")
+    print("reads and pairs: means over layers and KV heads; line `all`: sums, and the largest peaks")
     if heads:
         print(f"\n{generation_cost.head_tables(heads['per_head'])}\n")
     print(json.dumps(result, allow_nan=False))
@@ -246,7 +246,7 @@ def _score(options: argparse.Namespace) -> None:
 
     results = score(options.out, _data(options), say)
     print(table(results.pop("table")))
-    print("accuracy: majority vote (of code: any chain); accuracies: %, 95 % intervals; costs: of a problem")
+    print("accuracy: majority vote (code: any chain), in % with 95 % intervals; costs: of one problem")
     print(json.dumps({"out": str(options.out), **results}, allow_nan=False))
 
 

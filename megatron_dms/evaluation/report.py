@@ -24,10 +24,11 @@ th { border-bottom: 1px solid #888; } svg { max-width: 100%; height: auto; } pre
 overflow: auto; }
 """
 _EXPLANATION = (
-    "Accuracies in percent, with 95 % bootstrap intervals over problems: of the majority vote of W chains, "
-    "or, of code, of problems that any chain solves. Costs are means of a problem with all its chains; reads "
-    "and peaks count pairs, averaged over layers and KV heads. Seconds are wall time on the machine of this "
-    "run. W-L-CR is what was asked for, the achieved CR what became of it."
+    "Accuracies are in percent, with 95 % bootstrap intervals over problems. The accuracy is the share of "
+    "problems that the majority vote of W chains solves; in code tasks, the share that any chain solves. Costs "
+    "are means over problems, each with all its chains. Reads and peaks count pairs, averaged over layers and "
+    "KV heads. Seconds are wall time on the machine of this run. W-L-CR is the budget that was asked for; the "
+    "achieved CR was measured."
 )
 _MARKERS = "osD^vPX*<>"
 
