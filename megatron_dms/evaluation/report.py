@@ -25,10 +25,10 @@ overflow: auto; }
 """
 _EXPLANATION = (
     "Accuracies are in percent, with 95 % bootstrap intervals over problems. The accuracy is the share of "
-    "problems that the majority vote of W chains solves; in code tasks, the share that any chain solves. Costs "
-    "are means over problems, each with all its chains. Reads and peaks count pairs, averaged over layers and "
-    "KV heads. Seconds are wall time on the machine of this run. W-L-CR is the budget that was asked for; the "
-    "achieved CR was measured."
+    "problems that the majority vote of W chains solves; in code tasks, the share that any chain solves. "
+    "Costs are means over problems, each with all its chains. Reads and peaks count pairs, averaged over "
+    "layers and KV heads. Seconds are wall time on the machine of this run. W-L-CR is the budget that was "
+    "asked for; the achieved CR was measured."
 )
 _MARKERS = "osD^vPX*<>"
 
