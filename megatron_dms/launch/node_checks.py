@@ -151,7 +151,9 @@ def versions(device: str) -> dict[str, str]:
         import torch
 
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    source = [ROOT / "pretrain_dms.py", *(ROOT / "megatron_dms").rglob("*.py")]
+    # a wheel has no script at its root
+    source = [path for path in (ROOT / "pretrain_dms.py",) if path.exists()]
+    source += (ROOT / "megatron_dms").rglob("*.py")
     content = hashlib.sha256()
     for path in sorted(source):
         content.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
