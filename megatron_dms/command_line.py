@@ -1,6 +1,7 @@
-"""What the tools' command lines share: errors of one line, and lines on stderr. Imports nothing heavy."""
+"""What the command lines share: one-line errors, types of numbers, lines on stderr. Imports nothing heavy."""
 
 import argparse
+import math
 import sys
 from typing import Any, NoReturn
 
@@ -38,19 +39,87 @@ def split_at_dashes(argv: list[str] | None) -> tuple[list[str], list[str]]:
     return words[:split], words[split + 1 :]
 
 
+def count(text: str) -> int:
+    """Parse a whole number above 0, as the `type` of an option (like all functions from here to `seed`).
+
+    Raises:
+        argparse.ArgumentTypeError: the text is anything else.
+    """
+    if not text.isdecimal() or not 0 < int(text) < 2**40:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """Parse a whole number, 0 or more."""
+    return 0 if text == "0" else count(text)
+
+
+def not_negative(text: str) -> float:
+    """Parse a finite number, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return value
+
+
+def positive(text: str) -> float:
+    """Parse a finite number above 0."""
+    try:
+        value = not_negative(text)
+    except argparse.ArgumentTypeError:
+        value = 0.0
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return value
+
+
+def at_least_one(text: str) -> float:
+    """Parse a finite number, 1 or more, such as a compression ratio."""
+    if (value := positive(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse a number above 0 and at most 1."""
+    return _at_most_one(text, positive(text))
+
+
+def share_or_none(text: str) -> float:
+    """Parse a number from 0 to 1."""
+    return _at_most_one(text, not_negative(text))
+
+
+def _at_most_one(text: str, value: float) -> float:
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """Parse a seed of torch's generators: a whole number from 0 to 2^63 - 1."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
-    """Refuse the first of these options that is not above 0."""
+    """Exit with an error for the first of these options that is not above 0."""
     for name in names:
         if getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected > 0")
 
 
 def say(line: str) -> None:
-    """A line on stderr, at once."""
+    """Print a line on stderr, and flush it."""
     print(line, file=sys.stderr, flush=True)
 
 
 def say_error(error: Exception) -> int:
-    """The one line of an error; returns the exit status that goes with it."""
+    """Print an error in one line on stderr; return the exit status of bad input."""
     say(f"error: {' '.join(str(error).split())}")
     return 2

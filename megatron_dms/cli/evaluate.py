@@ -12,13 +12,22 @@ interrupted command ends with status 130.
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_dms.command_line import Parser, say, say_error, tool_parser
+from megatron_dms.command_line import (
+    Parser,
+    count,
+    not_negative,
+    positive,
+    say,
+    say_error,
+    seed,
+    share,
+    tool_parser,
+)
 from megatron_dms.evaluation.budgets import METHODS, Budget, plan
 from megatron_dms.evaluation.tasks import TASKS
 from megatron_dms.files import output_file
@@ -37,38 +46,6 @@ _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of `cost`
 _RUN_SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    return 0.0 if re.fullmatch(r"0+(\.0*)?", text) else _positive(text)
-
-
-def _share(text: str) -> float:
-    if (value := _positive(text)) > 1:
-        raise argparse.ArgumentTypeError(f"{text} is above 1")
-    return value
-
-
 def _budget(text: str) -> Budget:
     try:
         return Budget.parse(text)
@@ -80,7 +57,7 @@ def _checkpoint(text: str) -> tuple[float, Path]:
     ratio, _, folder = text.partition("=")
     if not folder:
         raise argparse.ArgumentTypeError(f"{text} is not CR=DIR")
-    return _positive(ratio), Path(folder)
+    return positive(ratio), Path(folder)
 
 
 def _option(text: str) -> tuple[str, str | int]:
@@ -114,23 +91,23 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--task", choices=TASKS, required=True, help="see docs/tasks.md")
     add("--data", type=Path, metavar="PATH", help="the task's file or folder (default: the hub)")
-    add("--limit", type=_count, metavar="N", help="the first N problems (default: all)")
+    add("--limit", type=count, metavar="N", help="the first N problems (default: all)")
     text = "an option of the task, such as since=2024-08-01; may be repeated"
     add("--task-option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=text)
     text = f"some of {','.join(METHODS)}: vanilla runs the budgets with CR 1, the others all other budgets"
     add("--methods", type=_list_of(str), required=True, metavar="LIST", help=text)
     text = "W-L-CR,...: number of chains, most generated tokens of a chain, compression ratio"
     add("--budgets", type=_list_of(_budget), required=True, metavar="LIST", help=text)
-    add("--seeds", type=_list_of(_seed), default=[0], metavar="LIST", help="sampling seeds (default: 0)")
+    add("--seeds", type=_list_of(seed), default=[0], metavar="LIST", help="sampling seeds (default: 0)")
     text = "plain HF checkpoint for all methods but dms: Llama, Mistral, Qwen2 or Qwen3"
     add("--model", type=Path, metavar="DIR", help=text)
     text = "exported DMS checkpoint for the budgets with this CR; its Python files are run; may be repeated"
     add("--dms", type=_checkpoint, action="append", default=[], metavar="CR=DIR", help=text)
     text = "sampling temperature; 0 takes the likeliest token, for one chain only (default: 0.6)"
-    add("--temperature", type=_not_negative, metavar="X", help=text)
-    add("--top-p", type=_share, metavar="X", help="sampling top-p, above 0, at most 1 (default: 0.95)")
+    add("--temperature", type=not_negative, metavar="X", help=text)
+    add("--top-p", type=share, metavar="X", help="sampling top-p, above 0, at most 1 (default: 0.95)")
     text = "number of problems answered together, each with all its chains (default: %(default)s)"
-    add("--batch-size", type=_count, default=1, metavar="N", help=text)
+    add("--batch-size", type=count, default=1, metavar="N", help=text)
     add("--out", type=Path, required=True, metavar="OUT", help="folder for samples and results")
     _add_device(run)
 
@@ -150,14 +127,14 @@ def _add_cost(cost: argparse.ArgumentParser) -> None:
     text = 'JSONL; a line is {"prompt": TEXT}, or {"messages": [...]} for the chat template of the tokenizer'
     add("--prompts", type=Path, required=True, metavar="FILE", help=text)
     text = "most tokens to generate for each answer (default: %(default)s)"
-    add("--max-new-tokens", type=_count, default=256, metavar="N", help=text)
+    add("--max-new-tokens", type=count, default=256, metavar="N", help=text)
     text = "number of answers to each prompt: 1 greedy answer, or several sampled ones (default: 1)"
-    add("--chains", type=_count, default=1, metavar="W", help=text)
-    add("--temperature", type=_positive, metavar="X", help="sampling temperature (default: 1)")
-    add("--top-p", type=_share, metavar="X", help="sampling top-p, above 0, at most 1 (default: 1)")
-    add("--seed", type=_seed, metavar="N", help="sampling seed (default: 0)")
+    add("--chains", type=count, default=1, metavar="W", help=text)
+    add("--temperature", type=positive, metavar="X", help="sampling temperature (default: 1)")
+    add("--top-p", type=share, metavar="X", help="sampling top-p, above 0, at most 1 (default: 1)")
+    add("--seed", type=seed, metavar="N", help="sampling seed (default: 0)")
     text = "number of prompts answered together; only 1 shows the CR and bytes of each (default: 1)"
-    add("--batch-size", type=_count, default=1, metavar="N", help=text)
+    add("--batch-size", type=count, default=1, metavar="N", help=text)
     add("--per-head", action="store_true", help="also print tables of layers and KV heads")
     text = "new file for all figures, those of each prompt and head included (default: none)"
     add("--json", type=Path, metavar="FILE", help=text)

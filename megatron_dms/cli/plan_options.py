@@ -1,11 +1,19 @@
 """The command line of `megatron-dms plan`. Imports nothing heavy."""
 
 import argparse
-import math
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_dms.command_line import Parser
+from megatron_dms.command_line import (
+    Parser,
+    at_least_one,
+    count,
+    not_negative,
+    positive,
+    share,
+    share_or_none,
+    whole,
+)
 from megatron_dms.planning.devices import DEVICES, Assumptions
 from megatron_dms.planning.job import RECIPES, RECOMPUTE
 from megatron_dms.planning.models import PRESETS
@@ -13,13 +21,13 @@ from megatron_dms.planning.models import PRESETS
 _DEFAULTS = Assumptions()
 ASSUMED = {
     "matmul": ("matmul-efficiency", "share of the device's FLOPs in linear layers"),
-    "attention": ("attention-efficiency", "share of its FLOPs in attention"),
-    "memory": ("memory-efficiency", "share of its memory's bandwidth"),
+    "attention": ("attention-efficiency", "share of the device's FLOPs in attention"),
+    "memory": ("memory-efficiency", "share of the bandwidth of the device's memory"),
     "network": ("network-efficiency", "share of the links' bandwidth"),
     "latency": ("latency", "seconds for each message"),
     "exposed_dp": (
         "exposed-dp",
-        "share of gradient reduction and weight gathering that is waited for, 0 to 1",
+        "share of gradient reduction and weight gathering that a step waits for, 0 to 1",
     ),
     "overhead": ("overhead-gb", "GB of a device for CUDA, NCCL, workspaces, fragments"),
     "slowdown": (
@@ -27,74 +35,21 @@ ASSUMED = {
         "factor on the roofline's step time, fitted to published runs; 1 = the roofline",
     ),
 }
-"""Field of Assumptions -> option, help."""
-
-
-def count(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or not 0 < int(text) < 2**40:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return int(text)
-
-
-def not_negative(text: str) -> float:
-    """A finite number, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
-    return value
-
-
-def whole(text: str) -> int:
-    """A whole number, 0 or more."""
-    return 0 if text == "0" else count(text)
-
-
-def positive(text: str) -> float:
-    """A finite number above 0."""
-    if not (value := not_negative(text)):
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """Above 0, at most 1."""
-    return _at_most_one(text, positive(text))
-
-
-def share_or_none(text: str) -> float:
-    """From 0 to 1."""
-    return _at_most_one(text, not_negative(text))
-
-
-def _at_most_one(text: str, value: float) -> float:
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is above 1")
-    return value
-
-
-def ratio(text: str) -> float:
-    """A compression ratio."""
-    if (value := positive(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+"""Field of Assumptions -> name of its option, help text."""
 
 
 def assumptions(options: argparse.Namespace) -> Assumptions:
-    """As given."""
+    """Return the assumptions that the options give."""
     found = {name: getattr(options, option.replace("-", "_")) for name, (option, _) in ASSUMED.items()}
     return Assumptions(**found | {"overhead": found["overhead"] * 1e9})
 
 
 def make_parser(parser: Parser) -> Parser:
-    """Of all commands."""
+    """Give the tool's parser the options of all its commands."""
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     _train(commands)
     _serve(commands)
-    text = "predictions against every measurement there is, with their errors"
+    text = "predictions against every available measurement, with their errors"
     check = commands.add_parser("check", help=text, description=text)
     _assumed(check)
     return parser
@@ -103,7 +58,7 @@ def make_parser(parser: Parser) -> Parser:
 def _model(parser: argparse.ArgumentParser) -> None:
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("--model", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
-    one.add_argument("--hf", type=Path, metavar="DIR", help="a HF folder, of which config.json is read")
+    one.add_argument("--hf", type=Path, metavar="DIR", help="an HF folder, of which config.json is read")
     parser.add_argument(
         "--device", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h100)"
     )
@@ -142,7 +97,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
         "frozen base is the teacher (default: paper)")  # fmt: skip
     add("--context", type=count, metavar="N", help="tokens of a sample (default: the authors', for presets)")
     add("--batch", type=count, metavar="N", help="samples of a step (default: the authors', for presets)")
-    add("--cr", type=ratio, nargs="+", default=[4.0, 8.0], metavar="X",
+    add("--cr", type=at_least_one, nargs="+", default=[4.0, 8.0], metavar="X",
         help="compression ratios to give hours for (default: 4 8)")  # fmt: skip
     add(
         "--steps-per-cr",
@@ -153,14 +108,14 @@ def _train(commands: argparse._SubParsersAction) -> None:
     )
     add("--zeroing-steps", type=whole, default=0, metavar="N", help="as --dms-zeroing-steps (default: 0)")
     add("--price", type=positive, metavar="USD",
-        help="what a device costs for an hour, to give the cost (default: none, no cost)")  # fmt: skip
+        help="price of one device for one hour; without it no cost is given")  # fmt: skip
     add("--fuse-output-layer", action="store_true", help="as --dms-fuse-output-layer")
     add("--distributed-optimizer", action=argparse.BooleanOptionalAction, default=True,
         help="optimizer state divided over data-parallel ranks, as --use-distributed-optimizer")  # fmt: skip
     add("--logits", choices=("bf16", "fp32"), default="bf16", help="type of the logits (default: bf16)")
     add("--memory", type=positive, metavar="GB", help="10^9 bytes of a device (default: the device's)")
     add("--show", type=count, default=5, metavar="N", help="layouts to print (default: 5)")
-    fixed = parser.add_argument_group("a layout, or parts of it, instead of the best")
+    fixed = parser.add_argument_group("a layout, or parts of one, instead of the best layout")
     for name in ("tp", "pp", "cp", "dp"):
         fixed.add_argument(f"--{name}", type=count, metavar="N", help=f"{name.upper()} size")
     fixed.add_argument("--micro-batch", dest="micro", type=count, metavar="N", help="samples of a microbatch")
@@ -170,7 +125,7 @@ def _train(commands: argparse._SubParsersAction) -> None:
 
 
 def _serve(commands: argparse._SubParsersAction) -> None:
-    text = "which W-L-CR (chains, tokens, compression ratio) fit into so many GB and milliseconds"
+    text = "which W-L-CR (chains, tokens, compression ratio) fit into a given memory and time"
     parser = commands.add_parser("serve", help=text, description=text)
     _model(parser)
     add = parser.add_argument
@@ -179,15 +134,15 @@ def _serve(commands: argparse._SubParsersAction) -> None:
         type=positive,
         required=True,
         metavar="X",
-        help="of the longest decode step, for all chains",
+        help="milliseconds of the longest decode step, for all chains",
     )
     add("--memory", type=positive, metavar="GB", help="10^9 bytes of a device (default: the device's)")
-    add("--cr", type=ratio, nargs="+", default=[1.0, 4.0, 8.0], metavar="X",
+    add("--cr", type=at_least_one, nargs="+", default=[1.0, 4.0, 8.0], metavar="X",
         help="compression ratios; 1 is a dense cache (default: 1 4 8)")  # fmt: skip
     add("--chains", type=count, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], metavar="N",
         help="W, chains at once (default: 1 2 4 8 16 32 64)")  # fmt: skip
     add("--window", type=whole, default=256, metavar="N", help="as --dms-window, in tokens (default: 256)")
     add("--tp", type=count, default=1, metavar="N", help="devices that share the model (default: 1)")
     add("--fixed-milliseconds", type=not_negative, default=0.0, metavar="X",
-        help="of each step, beside what it reads and computes: launches (default: 0)")  # fmt: skip
+        help="milliseconds a step takes beside reading and computing, for launches (default: 0)")  # fmt: skip
     _assumed(parser)

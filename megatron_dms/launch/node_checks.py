@@ -16,6 +16,7 @@ from megatron_dms.conversion import CheckpointError
 from megatron_dms.data.token_files import check_pair, loss_mask_prefix
 from megatron_dms.errors import DataError, StartupError
 from megatron_dms.launch.node_report import Finding
+from megatron_dms.layout_rules import batch_multiple, data_parallel_size
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 1e9
@@ -130,15 +131,16 @@ def check_processes(flags: Namespace, world: int) -> list[Finding]:
     cp = flags.context_parallel_size
     one = tp * pp * cp
     text = f"TP {tp} x PP {pp} x CP {cp} = {one}"
-    if min(tp, pp, cp) < 1 or world % one:
+    data_parallel = data_parallel_size(world, tp, pp, cp)
+    if data_parallel is None:
         fix = f"make NODES x GPUS_PER_NODE a multiple of {one}, or choose sizes whose product divides {world}"
         return [Finding("layout", False, f"{world} processes", f"a multiple of {text}", fix)]
     findings = [Finding("layout", True, f"{world} processes, {text}")]
     micro, batch = flags.micro_batch_size, flags.global_batch_size
-    if micro and batch and batch % (micro * (world // one)):
-        step = micro * (world // one)
+    step = batch_multiple(micro, data_parallel) if micro else 0
+    if step and batch and batch % step:
         nearest = max(step, round(batch / step) * step)
-        expected = f"a multiple of micro batch {micro} x data parallel {world // one} = {step}"
+        expected = f"a multiple of micro batch {micro} x data parallel {data_parallel} = {step}"
         findings.append(Finding("layout", False, f"--global-batch-size {batch}", expected,
                                 f"use --global-batch-size {nearest}"))  # fmt: skip
     return findings

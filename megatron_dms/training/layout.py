@@ -6,6 +6,7 @@ that says what was found, what was expected, and the fix.
 
 from argparse import Namespace
 
+from megatron_dms import layout_rules as rules
 from megatron_dms.errors import StartupError
 
 
@@ -13,25 +14,26 @@ def check_layout(args: Namespace) -> None:
     """Processes, sequence, heads, layers and microbatches divide by the layout."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp = args.context_parallel_size
-    one = tp * pp * cp
     check_heads_and_layers(args, args)
-    if args.world_size % one:
+    data_parallel = rules.data_parallel_size(args.world_size, tp, pp, cp)
+    if data_parallel is None:
         raise StartupError(
-            f"{args.world_size} processes, but TP {tp} x PP {pp} x CP {cp} needs a multiple of {one}"
+            f"{args.world_size} processes, but TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp}"
         )
-    parts = 2 * cp if cp > 1 else 1  # the balanced split of the causal triangle
+    parts = rules.sequence_parts(cp)
     if args.seq_length % parts:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but --context-parallel-size {cp} cuts it into {parts} "
             f"parts; use a multiple of {parts}"
         )
-    if args.sequence_parallel and args.seq_length % (tp * cp):
+    multiple = rules.sequence_parallel_multiple(tp, cp)
+    if args.sequence_parallel and args.seq_length % multiple:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but --sequence-parallel at TP {tp} x CP {cp} needs a "
-            f"multiple of {tp * cp}"
+            f"multiple of {multiple}"
         )
     if virtual_stages(args) > 1:
-        _check_microbatches(args, args.world_size // one)
+        _check_microbatches(args, data_parallel)
 
 
 def virtual_stages(args: Namespace) -> int:
@@ -55,23 +57,26 @@ def virtual_stages(args: Namespace) -> int:
 def check_heads_and_layers(args: Namespace, model: Namespace, whose: str = "the model") -> None:
     """Heads, MLP channels, layers of a model (the student's or the teacher's) divide by the layout."""
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        size = getattr(model, name)
-        if size % tp:
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_layers")
+    pp = args.pipeline_model_parallel_size
+    *by_tp, layers = rules.model_divisions(*(getattr(model, name) for name in names), tp, pp)
+    for name, division in zip(names, by_tp, strict=False):
+        if not division.exact:
+            size = division.number
             fewer = ": several ranks would share one KV head's decision" if size < tp else ""
             raise StartupError(
                 f"--tensor-model-parallel-size is {tp}, but {whose} has {name} = {size}, which it must "
                 f"divide{fewer}; use a divisor of {size}"
             )
     heads, groups = model.num_attention_heads // tp, model.num_query_groups // tp
-    possible = [c for c in range(1, heads + 1) if heads % c == 0 and (groups % c == 0 or c % groups == 0)]
+    possible = [c for c in range(1, heads + 1) if rules.heads_can_be_shared(heads, groups, c)]
     if cp not in possible:
         raise StartupError(
             f"--context-parallel-size is {cp}, but {whose} has {heads} query and {groups} KV heads on each "
             f"tensor-parallel rank to share out; use one of {', '.join(map(str, possible))}"
         )
-    pp, stages = args.pipeline_model_parallel_size, virtual_stages(args)
-    if model.num_layers % pp:
+    stages = virtual_stages(args)
+    if not layers.exact:
         raise StartupError(
             f"--pipeline-model-parallel-size is {pp}, but {whose} has {model.num_layers} layers, which it "
             f"must divide; use a divisor of {model.num_layers}"
@@ -84,8 +89,7 @@ def check_heads_and_layers(args: Namespace, model: Namespace, whose: str = "the 
 
 
 def _check_microbatches(args: Namespace, data_parallel: int) -> None:
-    """Megatron's interleaved schedule (0.19.2) takes N microbatches (by default PP) through one virtual stage
-    before the next: it says so only once a step begins."""
+    """Check for virtual stages what Megatron's interleaved schedule would say only once a step begins."""
     pp = args.pipeline_model_parallel_size
     group = args.microbatch_group_size_per_vp_stage
     group = pp if group is None else group
@@ -105,9 +109,10 @@ def _check_microbatches(args: Namespace, data_parallel: int) -> None:
         evaluated = args.eval_global_batch_size or batch
         batches.append(("--eval-global-batch-size", evaluated, args.eval_micro_batch_size or micro))
     for flag, size, micro in batches:
-        count = size // (micro * data_parallel)
-        if count < group or 0 < count % group < pp:
+        step = rules.batch_multiple(micro, data_parallel)
+        count = size // step
+        if not rules.fills_virtual_stages(count, group, pp):
             raise StartupError(
                 f"{flag} {size} makes {count} microbatches on each pipeline, but virtual stages take {group} "
-                f"at a time; use a multiple of {group * micro * data_parallel}"
+                f"at a time; use a multiple of {group * step}"
             )

@@ -21,6 +21,7 @@ from megatron_dms.conversion.parity.outputs import Outputs
 from megatron_dms.conversion.parity.prompts import Prompts
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats.megatron_folder import open_checkpoint
+from megatron_dms.layout_rules import first_inexact, model_divisions
 
 _SEED = 1234
 
@@ -38,12 +39,9 @@ class Layout:
 
     def obstacle(self, model: Model) -> str | None:
         """Why the model cannot be laid out so; None if it can."""
-        divided = {"query heads": (model.heads, self.tp), "KV heads": (model.groups, self.tp)}
-        divided |= {"MLP channels": (model.ffn, self.tp), "layers": (model.layers, self.pp)}
-        for what, (number, ranks) in divided.items():
-            if number % ranks:
-                return f"{number} {what} cannot be divided among {ranks} ranks"
-        return None
+        sizes = (model.heads, model.groups, model.ffn, model.layers)
+        wrong = first_inexact(model_divisions(*sizes, self.tp, self.pp))
+        return wrong and f"{wrong.number} {wrong.what} cannot be divided among {wrong.by} ranks"
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ REFUSED = {
     "model for nothing": (["--methods", "dms", "--budgets", "2-8-4"], "--model has no effect: only dms runs"),
     "greedy": (["--temperature", "0"], "--temperature 0 takes the likeliest token"),
     "top-p of greedy": (["--temperature", "0", "--top-p", "0.5"], "--top-p has no effect at --temperature 0"),
-    "temperature": (["--temperature", "-1"], "-1 is no number above 0"),
+    "temperature": (["--temperature", "-1"], "-1 is no number from 0 on"),
     "top-p": (["--top-p", "1.5"], "1.5 is above 1"),
     "task": (["--task", "math"], "invalid choice: 'math'"),
     "no data": (["--data", "no.jsonl"], "no.jsonl, expected a JSONL file"),
