@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clon
 from recipes import HERE, MODELS, RATIOS, Model, Recipe  # noqa: E402
 
 from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
-from megatron_dms.planning.job import RECIPES, Layout  # noqa: E402
+from megatron_dms.planning.job import RECIPES, RankLayout  # noqa: E402
 from megatron_dms.planning.models import preset  # noqa: E402
 
 PRICE = 2.5
@@ -38,7 +38,7 @@ def _numbers(values: list[float]) -> str:
     return "; ".join(map(_number, values))
 
 
-def layout_text(layout: Layout) -> str:
+def layout_text(layout: RankLayout) -> str:
     """Describe a layout by everything that is neither 1 nor off."""
     sizes = (("TP", layout.tp), ("PP", layout.pp), ("CP", layout.cp), ("DP", layout.dp))
     parts = [" × ".join(f"{name} {size}" for name, size in sizes if size > 1)]

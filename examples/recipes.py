@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_dms.command_line import Parser
 from megatron_dms.config import DMSConfig
 from megatron_dms.planning.devices import DEVICES, Assumptions
-from megatron_dms.planning.job import RECIPES, Layout, Setting
+from megatron_dms.planning.job import RECIPES, Job, RankLayout
 from megatron_dms.planning.models import preset
 from megatron_dms.planning.search import Plan, plan_layout, steps_to
 from megatron_dms.training.startup import check_dms_flags
@@ -56,8 +56,8 @@ class Recipe:
     nodes: int
     flags: argparse.Namespace
     dms: DMSConfig
-    setting: Setting
-    layout: Layout
+    setting: Job
+    layout: RankLayout
 
     @property
     def plan(self) -> Plan:
@@ -110,12 +110,12 @@ def read_recipe(path: Path, model: Model) -> Recipe:
         nodes,
         flags,
         dms,
-        Setting(
+        Job(
             *(preset(model.preset), kind, flags.seq_length, flags.global_batch_size),
             fuse_output_layer=dms.fuse_output_layer,
             distributed_optimizer=flags.use_distributed_optimizer,
         ),
-        Layout(
+        RankLayout(
             *(tp, pp, cp, dp, flags.sequence_parallel, flags.micro_batch_size, flags.recompute_granularity)
         ),
     )

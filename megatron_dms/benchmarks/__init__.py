@@ -1,1 +1,1 @@
-"""What tools/bench.py measures; nothing else imports these."""
+"""The measurements of `megatron-dms bench`; only the command imports them."""

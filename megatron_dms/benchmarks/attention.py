@@ -1,13 +1,13 @@
 """Attention back-ends against causal attention without DMS and against FlexAttention, in one process.
 
-Inputs are random. Decisions are drawn at a compression ratio, or a retrofit's own, of an exported checkpoint
-over a text.
+Inputs are random. Decisions are drawn at a compression ratio, or they are those that an exported checkpoint
+makes over a text.
 
 Shapes: B samples, H query heads, G KV heads, T tokens, D head size, L layers.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_dms.benchmarks.measuring import Candidate, Measured, compare, device_name, ratio
+from megatron_dms.benchmarks.measuring import (
+    Candidate,
+    Measured,
+    Result,
+    compare,
+    device_name,
+    dtype_name,
+    ratio,
+)
 from megatron_dms.kernels import BACKENDS, attention_backend
 from megatron_dms.ops.eviction import shift
 
@@ -25,7 +33,7 @@ KEPT, EVICTED = -1e-3, -200.0
 """log(1 - alpha) of drawn decisions: near 0, and so far below every threshold that no weight is denormal,
 which is slow on a CPU."""
 BACKWARD = 2.5
-"""Products of a backward pass per product of the forward."""
+"""Matrix products of a backward pass for each one of the forward pass."""
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -33,12 +41,14 @@ SDPA = {
     "math": SDPBackend.MATH,
 }
 TRIALS = 3
-"""Rounds in which the fastest of them is found."""
+"""Rounds in which the fastest back-end of SDPA is found."""
 CHUNK = 1024
-"""Tokens of a text that a checkpoint decides on at a time."""
+"""Tokens of a text that a checkpoint reads at a time."""
 
 
 class Shape(NamedTuple):
+    """Sizes of the inputs (B, H, G and D as above), and the window in tokens."""
+
     B: int
     H: int
     G: int
@@ -47,23 +57,22 @@ class Shape(NamedTuple):
 
 
 class Decisions(NamedTuple):
-    """Decisions that one row is about."""
+    """The decisions that one row of the table is about."""
 
     name: str
     layers: list[Tensor]
-    """Each [B, G, T] fp32: log_keep, already shifted. A row's time is the mean over them."""
+    """log_keep of each layer, [B, G, T] fp32, already shifted. The time of a row is the mean over layers."""
 
     @property
     def cr(self) -> float:
+        """Compression ratio: pairs for each pair that is kept."""
         return 1 / torch.stack([(x > EVICTED / 2).double().mean() for x in self.layers]).mean().item()
 
 
-@dataclass(frozen=True)
-class AttentionRow:
-    """Times in ms, of one layer."""
+@dataclass(frozen=True, kw_only=True)
+class AttentionResult(Result):
+    """Time of the attention of one layer."""
 
-    device: str
-    dtype: str
     B: int
     H: int
     G: int
@@ -71,27 +80,22 @@ class AttentionRow:
     T: int
     window: int
     attention: str
-    """A back-end, or "causal (X)": without DMS, X the fastest of SDPA's back-ends."""
+    """A back-end of DMS, or "causal (X)" without DMS, where X is the fastest back-end of SDPA."""
     decisions: str | None
     cr: float | None
-    """Of these decisions: pairs per kept pair."""
+    """Compression ratio of these decisions."""
     step: str
     """forward, or forward + backward."""
-    ms: float | None
-    low_ms: float | None
-    high_ms: float | None
-    peak_bytes: int | None
     tflops: float | None
-    """TFLOP/s counted on the causal triangle, whatever is left out of it."""
+    """TFLOP/s, counted on the whole causal triangle even if a back-end skips parts of it."""
     to_causal: float | None
-    """Time in times of causal attention's."""
+    """Time divided by that of causal attention."""
     to_flex: float | None
-    """In times of FlexAttention's with the same decisions."""
-    note: str | None
+    """Time divided by that of FlexAttention with the same decisions."""
 
 
 def drawn(cr: float, shape: Shape, T: int, device: torch.device) -> Decisions:
-    """T / cr keys kept by each KV head, anywhere; the same ones each time.
+    """Draw decisions by which each KV head keeps T / cr keys, anywhere; each call draws the same ones.
 
     Raises:
         ValueError: cr is not between 1 and T.
@@ -107,10 +111,10 @@ def drawn(cr: float, shape: Shape, T: int, device: torch.device) -> Decisions:
 def of_checkpoint(
     folder: Path, text: Path, contexts: Sequence[int], device: torch.device
 ) -> tuple[Shape, dict[int, Decisions]]:
-    """The hard decisions of an exported checkpoint over the beginning of a text, and the checkpoint's shape.
+    """Return the shape of an exported checkpoint, and its hard decisions over the beginning of a text.
 
     Raises:
-        ValueError: not such a checkpoint, or a text with fewer tokens than the longest context.
+        ValueError: the folder is no such checkpoint, or the text has fewer tokens than the longest context.
     """
     from megatron_dms.inference.loading import check_exported, load_model, load_tokenizer
 
@@ -127,12 +131,12 @@ def of_checkpoint(
     cache = model.make_cache()
     for part in torch.tensor([ids[: max(contexts)]], device=device).split(CHUNK, dim=1):
         model(part, past_key_values=cache, logits_to_keep=1)
-    settings, config = model.dms_settings, model.config
+    settings, config, head_size = model.dms_settings, model.config, model.model.layers[0].self_attn.head_dim
     evict = [torch.cat(parts, dim=-1) for parts in heard]  # of each layer [1, G, T]
     log_keep = [torch.zeros(x.shape, device=device).masked_fill_(x, float("-inf")) for x in evict]
     found = {T: Decisions(folder.name, [shift(x[..., :T], settings.lag) for x in log_keep]) for T in contexts}
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    return Shape(1, heads, groups, attention.head_dim, settings.window), found
+    return Shape(1, heads, groups, head_size, settings.window), found
 
 
 def _overheard(decide: Callable[..., Tensor], heard: list[Tensor], *args: Tensor) -> Tensor:
@@ -148,14 +152,14 @@ def measure(
     repeats: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> list[AttentionRow]:
-    """Rows of each context: causal attention, then each back-end with each of its decisions.
+) -> list[AttentionResult]:
+    """Measure, at each context, causal attention and then each back-end with each of the decisions.
 
     Args:
-        decisions: by context, in tokens.
+        decisions: context in tokens -> the decisions at this context.
 
     Raises:
-        ValueError: numbers that do not go together.
+        ValueError: an unknown back-end, or numbers that do not go together.
     """
     unknown = sorted(set(backends) - set(BACKENDS))
     if unknown or not backends:
@@ -165,7 +169,7 @@ def measure(
             "expected batch, KV heads, head size, contexts and repeats >= 1, a window >= 0 and query heads "
             f"a multiple of KV heads, found {shape}, contexts {list(decisions)}, repeats {repeats}"
         )
-    rows = []
+    rows: list[AttentionResult] = []
     for T, of_context in decisions.items():
         for step in ("forward", "forward + backward"):
             say(f"{step}, context {T} ...")
@@ -182,8 +186,8 @@ def _rows(
     step: str,
     repeats: int,
     device: torch.device,
-) -> list[AttentionRow]:
-    torch.compiler.reset()  # of FlexAttention it compiles eight variants, and then goes on without compiling
+) -> list[AttentionResult]:
+    torch.compiler.reset()  # torch compiles eight variants of FlexAttention, and runs further ones uncompiled
     B, H, G, D, window = shape
     q, k, v, grad = (torch.randn(B, heads, T, D, dtype=dtype, device=device) for heads in (H, G, G, H))
     backward = step != "forward"
@@ -197,7 +201,7 @@ def _rows(
             torch.autograd.grad(out, inputs, grad)
 
     def by_layers(name: str, layers: list[Tensor]) -> None:
-        attend = attention_backend(name)  # one that cannot be imported is not measured
+        attend = attention_backend(name)  # a back-end that cannot be imported is not measured
         for log_keep in layers:
             run(lambda *inputs: attend(*inputs, window), log_keep)
 
@@ -214,23 +218,21 @@ def _rows(
             found[name, asked.name] = found[name, asked.name].per(len(asked.layers))
 
     products = 2 * B * H * D * T**2 * (1 + backward * BACKWARD)
-    common = (device_name(device), str(dtype).removeprefix("torch."), B, H, G, D, T, window)
 
-    def row(attention: str, own: Measured, asked: Decisions | None) -> AttentionRow:
-        return AttentionRow(
-            *common,
-            attention,
-            asked.name if asked else None,
-            asked.cr if asked else None,
-            step,
-            own.ms,
-            own.low_ms,
-            own.high_ms,
-            own.peak_bytes,
-            None if own.ms is None else products / own.ms / 1e9,
-            ratio(own, found["causal"]),
-            ratio(own, found.get(("flex", asked.name))) if asked else None,
-            own.note,
+    def row(attention: str, own: Measured, asked: Decisions | None) -> AttentionResult:
+        return AttentionResult(
+            *astuple(own),
+            device=device_name(device),
+            dtype=dtype_name(dtype),
+            **shape._asdict(),
+            T=T,
+            attention=attention,
+            decisions=asked.name if asked else None,
+            cr=asked.cr if asked else None,
+            step=step,
+            tflops=None if own.ms is None else products / own.ms / 1e9,
+            to_causal=ratio(own, found["causal"]),
+            to_flex=ratio(own, found.get(("flex", asked.name))) if asked else None,
         )
 
     rows = [row(f"causal ({fastest})", found["causal"], None)]

@@ -1,6 +1,6 @@
 """How fast a conversion is, and how much memory it takes, against `cp` of the same bytes on the same disk.
 
-From the command line: tools/bench.py convert. Linux only (/proc).
+`megatron-dms bench convert` calls it. It runs on Linux only (/proc).
 """
 
 import json
@@ -24,15 +24,15 @@ from megatron_dms.conversion.hf_folder import INDEX
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats.safetensors_file import TensorInfo, write_file
 
-HIDDEN = 4096  # of Llama 3 8B, whose shapes the synthetic model has; all others follow
+HIDDEN = 4096  # as in Llama 3 8B, whose shapes the synthetic model has; all other sizes follow
 _FFN, _VOCAB, _HEAD = 3.5, 31.3125, 128
 _SHARD_BYTES = 2 * 10**9
 _INTERPRETER_BYTES = 500 * 10**6
 _COPIES = 3
-"""Of the checkpoint on the disk at once: the source, its import, and what that is exported to."""
+"""Copies of the checkpoint on the disk at one time: the source, its import, and the export of the import."""
 _ROOT = Path(__file__).resolve().parents[2]
 """Where the package lies: a clone, or the folder it is installed in."""
-# VmHWM, not ru_maxrss: the latter starts at the memory of the process that started this one
+# VmHWM and not ru_maxrss, which starts at the memory of the parent process
 _CHILD = """
 import atexit, re, sys
 peak = lambda: re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]
@@ -44,9 +44,10 @@ sys.exit(main(sys.argv[2:]))
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One way to move the checkpoint. seconds: medians; start_seconds: of the process around the conversion
-    (Python and torch, mostly). Memory in bytes.
+class Moved:
+    """One way to move the checkpoint. Times are medians in seconds, memory is in bytes.
+
+    start_seconds: time of the process outside the conversion, mostly to import Python's modules and torch.
     """
 
     seconds: float
@@ -57,9 +58,9 @@ class Measured:
 
 
 def synthetic(folder: Path, gigabytes: float) -> dict[str, TensorInfo]:
-    """A Llama checkpoint in bfloat16 with as many layers as it takes to reach `gigabytes` (10^9 bytes).
+    """Write a Llama checkpoint in bfloat16 with as many layers as it takes to reach `gigabytes` (10^9 bytes).
 
-    Random finite values, in files of 2 GB, with an index. Returns what was written.
+    Values are random and finite; they are in files of 2 GB with an index. Return what was written.
     """
     hidden = HIDDEN
     heads = max(1, hidden // _HEAD)
@@ -103,7 +104,7 @@ def synthetic(folder: Path, gigabytes: float) -> dict[str, TensorInfo]:
     (folder / "config.json").write_text(json.dumps(config))
     weight_map = {name: info.file for name, info in infos.items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    # positive finite bfloat16 numbers, the same again and again: making them takes longer than all else
+    # positive finite bfloat16 numbers, repeated, because making them takes longer than everything else
     block = torch.randint(0x7F80, (2**23,), dtype=torch.int16, generator=torch.Generator().manual_seed(1))
     for file in dict.fromkeys(weight_map.values()):
         inside = {name: info for name, info in infos.items() if info.file == file}
@@ -120,8 +121,8 @@ def _repeat(block: Tensor, count: int) -> Iterator[Tensor]:
 
 
 def _convert(command: str, hf: Path, megatron: Path) -> tuple[float, int]:
-    """Seconds of the conversion itself and peak memory in bytes of its process."""
-    arguments = [command, "--hf", hf, "--megatron", megatron]
+    """Return the seconds of the conversion itself, and the peak memory of its process in bytes."""
+    arguments: list[str | Path] = [command, "--hf", hf, "--megatron", megatron]
     report, peak = _output(command, sys.executable, "-c", _CHILD, _ROOT, *arguments).splitlines()[-2:]
     return json.loads(report)["seconds"], int(peak) * 1024
 
@@ -133,7 +134,7 @@ def _copy(source: Path, target: Path) -> tuple[float, int]:
 
 
 def _output(step: str, *command: str | Path) -> str:
-    """What a command printed. Raises CheckpointError with its last line on stderr if it failed."""
+    """Return what a command prints; raise CheckpointError with its last line on stderr if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = (done.stderr.splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
@@ -143,11 +144,18 @@ def _output(step: str, *command: str | Path) -> str:
 
 def run(
     folder: Path, gigabytes: float, repeats: int, say: Callable[[str], None]
-) -> tuple[int, dict[str, Measured]]:
-    """Bytes of the checkpoint, and import and export, each after a cp of its input, `repeats` times, after
-    one round that only warms the caches. `folder` must exist and be on the disk in question; nothing is left
-    there. Raises CheckpointError, before any work where it can be known, if a number is out of range, the
-    folder is missing, the disk too small or full, or a step fails.
+) -> tuple[int, dict[str, Moved]]:
+    """Measure import and export, each after a cp of its input, in `repeats` rounds after one that warms up.
+
+    Args:
+        folder: an existing folder on the disk to measure. Nothing is left there.
+
+    Returns:
+        Bytes of the checkpoint, and the figures of each step.
+
+    Raises:
+        CheckpointError: a number is out of range, the folder is missing or the disk is too small (before any
+            work), the disk is full, or a step fails.
     """
     _check(folder, gigabytes, repeats)
     try:
@@ -173,15 +181,15 @@ def _check(folder: Path, gigabytes: float, repeats: int) -> None:
 
 def _run(
     folder: Path, gigabytes: float, repeats: int, say: Callable[[str], None]
-) -> tuple[int, dict[str, Measured]]:
+) -> tuple[int, dict[str, Moved]]:
     with TemporaryDirectory(prefix="bench_convert_", dir=folder) as name:
         work = Path(name)
         source, copy, megatron, back = (work / part for part in ("hf", "copy", "megatron", "back"))
         say(f"making a checkpoint of {gigabytes} GB or more in {work} ...")
         infos = synthetic(source, gigabytes)
         size = sum(info.nbytes for info in infos.values())
-        # Each conversion right after a cp of what it reads: a virtual machine takes memory that it has not
-        # used for a while from its host first, which makes any first writing of so many bytes slower.
+        # Each conversion runs right after a cp of its input: a virtual machine has to get memory from its
+        # host if it has not used it for a while, which slows down the first writing of so many bytes.
         steps: dict[str, Callable[[], tuple[float, int]]] = {
             "cp to import": lambda: _copy(source, copy),
             "import": lambda: _convert("import", source, megatron),
@@ -192,7 +200,7 @@ def _run(
         found: dict[str, list[tuple[float, float, int]]] = {step: [] for step in steps}
         for number in range(repeats + 1):
             for step, measure in steps.items():
-                os.sync()  # or a step would wait for what the one before it left to be written to the disk
+                os.sync()  # otherwise a step would wait until the output of the step before it is on the disk
                 begin = time.monotonic()
                 seconds, peak = measure()
                 start = time.monotonic() - begin - seconds
@@ -212,7 +220,7 @@ def _run(
             step: median(seconds for seconds, *_ in found[f"cp to {step}"]) for step in ("import", "export")
         }
         return size, {
-            step: Measured(
+            step: Moved(
                 median(seconds for seconds, *_ in runs),
                 median(start for _, start, _ in runs),
                 median(seconds for seconds, *_ in runs) / cp[step] if step in cp else 1.0,

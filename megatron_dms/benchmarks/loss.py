@@ -6,7 +6,7 @@ Shapes: N tokens, V columns of the vocabulary, E hidden size of student and teac
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,43 +15,50 @@ from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megatron_dms.benchmarks.measuring import Candidate, Measured, Memory, compare, device_name, ratio
+from megatron_dms.benchmarks.measuring import (
+    Candidate,
+    Measured,
+    Memory,
+    Result,
+    compare,
+    device_name,
+    dtype_name,
+    ratio,
+)
 from megatron_dms.kernels.kl import distillation_kl
 from megatron_dms.kernels.linear_kl import linear_kl
 from megatron_dms.ops.losses import kl_teacher_student
 
 DIRECTION = "teacher_student"
 FIRST_STEPS = 2
-"""Of a loop, after which nothing is to grow."""
+"""Steps of a loop after which memory must no longer grow."""
 
 
-@dataclass(frozen=True)
-class LossRow:
-    """Forward and backward. Times in ms."""
+Group = Callable[[int, int, int, torch.dtype, torch.device], tuple[dict[str, Candidate], int]]
+"""From N, V, E, type and device to the candidates, and the bytes of gradients that exist without them."""
 
-    device: str
-    dtype: str
+
+@dataclass(frozen=True, kw_only=True)
+class LossResult(Result):
+    """Time of forward and backward. The peak counts bytes beyond the inputs: the two tensors of logits, or
+    hidden states and weights."""
+
     tokens: int
     columns: int
     hidden: int | None
-    """None where the logits are given."""
+    """None if the logits are given."""
     loss: str
-    ms: float | None
-    low_ms: float | None
-    high_ms: float | None
     to_modelopt: float | None
-    """Time in times of modelopt's loss in the same group."""
-    peak_bytes: int | None
-    """Beyond the inputs: the two tensors of logits, or hidden states and weights."""
+    """Time divided by that of modelopt's loss in the same group."""
     peak_percent: float | None
-    """The same in % of one tensor of logits; with hidden states, less their and the weight's gradients."""
+    """The peak in % of one tensor of logits; with hidden states, the gradients of hidden states and weight
+    are subtracted first."""
     steps: int
-    """Of a loop that looks for growth; 0: none was run."""
+    """Steps of a loop that looks for growth of memory; 0: no loop was run."""
     growth_bytes: int | None
-    """What is allocated after the loop beyond what was after its first steps."""
+    """Bytes allocated after the loop, minus those after its first steps."""
     peak_growth_bytes: int | None
-    """The same of the peak."""
-    note: str | None
+    """Peak of the loop, minus that of its first steps."""
 
 
 def measure(
@@ -63,11 +70,11 @@ def measure(
     steps: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> list[LossRow]:
-    """Two groups of three rows: losses of given logits, and with the output projection.
+) -> list[LossResult]:
+    """Measure two groups of three losses: from given logits, and with the output projection.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number is out of range.
     """
     if min(tokens, columns, hidden, repeats) < 1 or not (steps == 0 or steps > FIRST_STEPS):
         raise ValueError(
@@ -75,32 +82,30 @@ def measure(
             f"{tokens}, {columns}, {hidden}, {repeats} and {steps}"
         )
     rows = []
-    for size, group in ((None, _of_logits), (hidden, _with_projection)):
+    groups: tuple[tuple[int | None, Group], ...] = ((None, _of_logits), (hidden, _with_projection))
+    for size, group in groups:
         say(f"{tokens} x {columns}" + (f", hidden size {size}" if size else "") + " ...")
         candidates, gradients = group(tokens, columns, hidden, dtype, device)
         found = compare(candidates, repeats, device)
         modelopt = next(iter(found.values()))
         for name, own in found.items():
-            looped = steps and own.ms is not None
-            growth, peak_growth = _growth(candidates[name], steps, device) if looped else (None, None)
+            growth, peak_growth = None, None
+            if steps and own.ms is not None:
+                growth, peak_growth = _growth(candidates[name], steps, device)
             rows.append(
-                LossRow(
-                    device_name(device),
-                    str(dtype).removeprefix("torch."),
-                    tokens,
-                    columns,
-                    size,
-                    name,
-                    own.ms,
-                    own.low_ms,
-                    own.high_ms,
-                    ratio(own, modelopt),
-                    own.peak_bytes,
-                    _percent(own, gradients, tokens * columns * dtype.itemsize),
-                    steps,
-                    growth,
-                    peak_growth,
-                    own.note,
+                LossResult(
+                    *astuple(own),
+                    device=device_name(device),
+                    dtype=dtype_name(dtype),
+                    tokens=tokens,
+                    columns=columns,
+                    hidden=size,
+                    loss=name,
+                    to_modelopt=ratio(own, modelopt),
+                    peak_percent=_percent(own, gradients, tokens * columns * dtype.itemsize),
+                    steps=steps,
+                    growth_bytes=growth,
+                    peak_growth_bytes=peak_growth,
                 )
             )
     return rows
@@ -121,7 +126,7 @@ def _growth(candidate: Candidate, steps: int, device: torch.device) -> tuple[int
 
 
 def _losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """KL of each token [N] from two tensors of logits [N, V]; modelopt's first."""
+    """Return the losses, modelopt's first: each maps two tensors of logits [N, V] to the KL of each token."""
     modelopt = LogitsKLLoss(SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False))
     return {
         "modelopt": lambda student, teacher: modelopt(student[:, None], teacher[:, None])[0],
@@ -133,7 +138,7 @@ def _losses() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def _of_logits(
     N: int, V: int, _: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Candidate], int]:
-    """Candidates, and no gradients that would be there without them."""
+    """Return candidates that start from logits. No bytes of gradients would exist without them."""
     student, kept = (torch.randn(N, V, dtype=dtype, device=device) for _ in range(2))
     student.requires_grad_()
     teacher = torch.empty_like(kept)
@@ -149,7 +154,7 @@ def _of_logits(
 def _with_projection(
     N: int, V: int, E: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Candidate], int]:
-    """Candidates, and the bytes of one set of gradients."""
+    """Return candidates that start from hidden states, and the bytes of one set of gradients."""
     student, teacher, student_weight, teacher_weight = (
         E**-0.25 * torch.randn(rows, E, dtype=dtype, device=device) for rows in (N, N, V, V)
     )

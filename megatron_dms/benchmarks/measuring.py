@@ -1,7 +1,7 @@
-"""Time and memory of several candidates for the same work, measured in turn, because machines are noisy.
+"""Time and memory of several candidates for the same work. The candidates take turns, as machines are noisy.
 
-On CUDA times come from events and bytes from the allocator; on the CPU from the wall clock and from counting
-torch's storages (scratch memory inside of an operator is not seen there).
+On CUDA, times come from events and bytes from the allocator. On the CPU, times come from the wall clock and
+bytes from counting torch's storages, which does not see scratch memory inside an operator.
 """
 
 import gc
@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -20,38 +20,63 @@ import torch
 from megatron_dms.upstream.torch_operators import OperatorMode, storages
 
 CACHE_BYTES = 2**28
-"""Written before each timed call on CUDA: more than its caches hold, and time for the host to run ahead."""
+"""Bytes written before each timed call on CUDA: they flush its caches and give the host time to run ahead."""
 
 
 class Candidate(NamedTuple):
-    """One way to do the work. What `run` returns is dropped at once."""
+    """One way to do the work. The result of `run` is dropped at once."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
-    """Called before each run, untimed."""
+    """Called before each run, outside the timing."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """None where nothing was measured, never an estimate; `note` says why."""
+    """Time and memory of one candidate. A field is None, never an estimate, if it was not measured."""
 
     ms: float | None = None
-    """Median."""
+    """Median time."""
     low_ms: float | None = None
+    """First quartile."""
     high_ms: float | None = None
-    """First and third quartile."""
+    """Third quartile."""
     peak_bytes: int | None = None
-    """The most that was allocated at once, beyond what there was before."""
+    """The largest number of bytes allocated at once, beyond what was allocated before."""
     note: str | None = None
+    """Why a field is None."""
 
     def per(self, calls: int) -> "Measured":
-        """Times of one of so many equal calls in a run."""
-        times = (None if ms is None else ms / calls for ms in (self.ms, self.low_ms, self.high_ms))
-        return Measured(*times, self.peak_bytes, self.note)
+        """Return the time of one call, if a run makes so many equal calls."""
+        ms, low_ms, high_ms = (
+            None if ms is None else ms / calls for ms in (self.ms, self.low_ms, self.high_ms)
+        )
+        return Measured(ms, low_ms, high_ms, self.peak_bytes, self.note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measured):
+    """One row of a benchmark: its case and what was measured. Each benchmark adds the fields of its case."""
+
+    device: str
+    """As `device_name` gives it."""
+    dtype: str
+    """As `dtype_name` gives it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all fields: the case first, then what was measured."""
+        entries = asdict(self)
+        measured = {item.name: entries.pop(item.name) for item in fields(Measured)}
+        return entries | measured
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name without the prefix "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU; of the CPU with the number of threads that torch uses."""
+    """Return the name of the GPU, or of the CPU with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")
@@ -61,20 +86,20 @@ def device_name(device: torch.device) -> str:
 
 
 def ratio(own: Measured, other: Measured | None) -> float | None:
-    """Of two medians of one run; None if either was not measured."""
+    """Return the quotient of two medians of one run; None if either was not measured."""
     return own.ms / other.ms if other and own.ms is not None and other.ms is not None else None
 
 
 def compare[K](candidates: Mapping[K, Candidate], repeats: int, device: torch.device) -> dict[K, Measured]:
-    """Run each once to warm up, once for its memory, and then all of them `repeats` times in turn.
+    """Run each candidate once to warm up, once for its memory, and then all of them `repeats` times in turn.
 
-    A candidate that fails, out of memory or refused, is not measured; the others go on.
+    A candidate that fails, because it is refused or memory ends, is not measured; the others go on.
     """
     times: dict[K, list[float]] = {}
     peaks: dict[K, int | None] = {}
     notes: dict[K, str] = {}
 
-    def attempt(name: K, measure: Callable[[Candidate, torch.device], float]) -> float | None:
+    def attempt[F: (int, float)](name: K, measure: Callable[[Candidate, torch.device], F]) -> F | None:
         try:
             return measure(candidates[name], device)
         except Exception as error:  # whatever it is, it is what the row has to say
@@ -107,19 +132,20 @@ def compare[K](candidates: Mapping[K, Candidate], repeats: int, device: torch.de
 
 
 def summary(seconds: list[float], peak: int | None, note: str | None = None) -> Measured:
-    """Median and quartiles; `note` says why there is no peak."""
+    """Return median and quartiles; `note` says why there is no peak."""
     low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return Measured(1e3 * middle, 1e3 * low, 1e3 * high, peak, note and f"peak: {note}")
 
 
 def release(device: torch.device) -> None:
-    """Give back what nothing refers to any more."""
+    """Free the memory that nothing refers to any longer."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def wall_seconds(run: Callable[[], object]) -> float:
+    """Return the seconds that a call takes by the wall clock."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
@@ -146,7 +172,7 @@ def _peak(candidate: Candidate, device: torch.device) -> int:
 
 
 def reason(error: Exception) -> str:
-    """In a few words, for a note."""
+    """Return what went wrong in a few words, for a note."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     lines = str(error).strip().splitlines()
@@ -154,7 +180,7 @@ def reason(error: Exception) -> str:
 
 
 class Memory(AbstractContextManager):
-    """Bytes allocated inside of the `with`, beyond what there was at its beginning."""
+    """Counts the bytes allocated inside a `with` block, beyond what was allocated at its beginning."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -175,7 +201,7 @@ class Memory(AbstractContextManager):
         self._counter.__exit__(*error)
 
     def restart_peak(self) -> None:
-        """Forget the most so far."""
+        """Forget the peak so far."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -183,14 +209,14 @@ class Memory(AbstractContextManager):
 
     @property
     def alive(self) -> int:
-        """Now."""
+        """Bytes allocated now."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) - self._before
         return self._counter.alive
 
     @property
     def peak(self) -> int:
-        """The most so far, also after the end."""
+        """The largest number of bytes so far; after the block, the largest inside it."""
         if self.device.type == "cuda":
             highest = torch.cuda.max_memory_allocated(self.device) - self._before
             return highest if self._peak is None else self._peak
@@ -198,9 +224,9 @@ class Memory(AbstractContextManager):
 
 
 class StorageCounter(OperatorMode):
-    """Adds the bytes of each storage that an operator makes, and takes them off when it dies.
+    """Adds the bytes of each storage that an operator makes, and subtracts them when the storage dies.
 
-    torch refuses to run FlexAttention under it: that peak is not measured on the CPU.
+    torch refuses to run FlexAttention under this mode, so its peak is not measured on the CPU.
     """
 
     def __init__(self) -> None:

@@ -11,9 +11,9 @@ On a machine without CUDA the CPU platform must be installed before this is impo
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,63 +29,52 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_dms.benchmarks.measuring import Candidate, compare, device_name, ratio
+from megatron_dms.benchmarks.measuring import (
+    Candidate,
+    Result,
+    compare,
+    device_name,
+    dtype_name,
+    ratio,
+)
 from megatron_dms.config import DMSConfig
 from megatron_dms.mcore.compression_account import CompressionAccount, ModelShape
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
 from megatron_dms.mcore.microbatch import Microbatch, Phase
+from megatron_dms.planning.models import ModelSize, preset
 from megatron_dms.training.fused_output import FusedDistillation
 from megatron_dms.training.teacher import distill, share_parameters
 from megatron_dms.training.trainable import zero_borrowed_rows
 
 SEED = 1234
 NEVER = 30.0
-"""Offset in place of an infinite one: nothing is evicted."""
+"""Offset of the logits that stands for an infinite one: nothing is evicted."""
 WITHOUT = SDPA, MEGATRON = "without DMS, SDPA", "without DMS, Megatron's"
 
 
-class ModelSize(NamedTuple):
-    """In Megatron's terms."""
-
-    vocab_size: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-
-
 SIZES = {
-    "tiny": ModelSize(1024, 128, 256, 2, 8, 2, 16),
-    "llama-3.2-1b": ModelSize(128256, 2048, 8192, 16, 32, 8, 64),
+    "tiny": ModelSize("tiny", 2, 128, 256, 8, 2, 16, 1024, 131072, tied=True),
+    "llama-3.2-1b": preset("llama-3.2-1b"),
 }
 
 
-@dataclass(frozen=True)
-class StepRow:
-    """Times in ms, of a whole step."""
+@dataclass(frozen=True, kw_only=True)
+class StepResult(Result):
+    """Time of a whole training step. The peak counts bytes beyond weights, gradients and optimizer state."""
 
-    device: str
-    dtype: str
     model: str
     B: int
     T: int
     window: int
     attention: str
-    """The student's: a back-end with DMS; without, Megatron's own or SDPA, whichever back-end torch takes."""
+    """Attention of the student: a back-end of DMS; without DMS, Megatron's own attention, or SDPA with the
+    back-end that torch chooses."""
     cr: float | None
-    """Of the last step's decisions: pairs per kept pair."""
-    ms: float | None
-    low_ms: float | None
-    high_ms: float | None
-    peak_bytes: int | None
-    """Beyond weights, gradients and optimizer state."""
+    """Compression ratio of the decisions in the last step: pairs for each kept pair."""
     to_sdpa: float | None
-    """Time in times of the step without DMS, with SDPA."""
+    """Time divided by that of the step without DMS, with SDPA."""
     to_megatron: float | None
-    """The same with Megatron's own attention."""
-    note: str | None
+    """Time divided by that of the step without DMS, with Megatron's own attention."""
 
 
 def measure(
@@ -100,14 +89,14 @@ def measure(
     repeats: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> list[StepRow]:
-    """Rows of each context (in tokens): a step of `batch` samples with each back-end, and without DMS.
+) -> list[StepResult]:
+    """Measure, at each context (in tokens), a step of `batch` samples with each back-end and without DMS.
 
     Args:
-        fuse_output_layer: as in DMSConfig, for all rows.
+        fuse_output_layer: as in DMSConfig, for all candidates.
 
     Raises:
-        ValueError: a number out of range, or an unknown size of model.
+        ValueError: a number is out of range, or the size of the model is unknown.
     """
     if size not in SIZES:
         raise ValueError(f"model is {size!r}, expected one of {', '.join(SIZES)}")
@@ -129,21 +118,21 @@ def measure(
         say(f"making {size} with random weights, {dtype} ...")
         config = _transformer_config(SIZES[size], dtype, device)
         candidates = specs(config, dms, backends)
-        steps = _Steps(config, candidates, SIZES[size].vocab_size, max(contexts), dms, device)
+        steps = _Steps(config, candidates, SIZES[size].vocab, max(contexts), dms, device)
         return [
             row for T in contexts for row in _rows(steps, size, batch, T, dms, dtype, repeats, device, say)
         ]
 
 
 def offset_of(cr: float) -> float:
-    """The alpha_offset at which logistic noise alone evicts 1 - 1/CR of the pairs."""
+    """Return the alpha_offset at which logistic noise alone evicts 1 - 1/CR of the pairs."""
     return -math.log(cr - 1) if cr > 1 else NEVER
 
 
 def specs(
     config: TransformerConfig, dms: DMSConfig, backends: Sequence[str]
 ) -> dict[str, TransformerBlockSubmodules]:
-    """Layers of each candidate's student."""
+    """Return the layers of each candidate's student."""
     found = {name: dms_block_spec(config, dms=_with_backend(dms, name)) for name in backends}
     return found | {SDPA: dense_block_spec(config), MEGATRON: dense_block_spec(config, score_matrix=True)}
 
@@ -158,34 +147,30 @@ def _rows(
     repeats: int,
     device: torch.device,
     say: Callable[[str], None],
-) -> Iterator[StepRow]:
+) -> Iterator[StepResult]:
     say(f"context {T}, batch {batch} ...")
-    tokens = torch.randint(SIZES[size].vocab_size, (batch, T), device=device)
+    tokens = torch.randint(SIZES[size].vocab, (batch, T), device=device)
     found = compare(
         {name: Candidate(partial(steps.run, name, tokens)) for name in steps.models}, repeats, device
     )
     for name, own in found.items():
-        yield StepRow(
-            device_name(device),
-            str(dtype).removeprefix("torch."),
-            size,
-            batch,
-            T,
-            dms.window,
-            name,
-            None if own.ms is None else steps.achieved_cr(name),
-            own.ms,
-            own.low_ms,
-            own.high_ms,
-            own.peak_bytes,
-            ratio(own, found[SDPA]),
-            ratio(own, found[MEGATRON]),
-            own.note,
+        yield StepResult(
+            *astuple(own),
+            device=device_name(device),
+            dtype=dtype_name(dtype),
+            model=size,
+            B=batch,
+            T=T,
+            window=dms.window,
+            attention=name,
+            cr=None if own.ms is None else steps.achieved_cr(name),
+            to_sdpa=ratio(own, found[SDPA]),
+            to_megatron=ratio(own, found[MEGATRON]),
         )
 
 
 class _Steps:
-    """Students with a teacher each over common weights, and the steps that they take."""
+    """Students that share their weights, each with a teacher, and the training steps of each."""
 
     def __init__(
         self,
@@ -218,10 +203,17 @@ class _Steps:
         settings = OptimizerConfig(
             lr=0.0, weight_decay=0.0, bf16=config.bf16, params_dtype=config.params_dtype, adam_beta2=0.95
         )
-        self.optimizer = get_megatron_optimizer(settings, [self.ddp])
+        self.optimizer = get_megatron_optimizer(settings, [self._ddp])
+
+    @property
+    def _ddp(self) -> DistributedDataParallel:
+        """Megatron's wrapper of the common parameters."""
+        if self.ddp is None:
+            raise ValueError("there is no candidate to take steps with")
+        return self.ddp
 
     def run(self, name: str, tokens: Tensor) -> None:
-        """One step. tokens: [B, T]."""
+        """Take one training step of a student. tokens: [B, T]."""
         B, T = tokens.shape
         model, config = self.models[name], self.config
         account = CompressionAccount(
@@ -230,7 +222,7 @@ class _Steps:
             tokens=torch.full((B,), float(T), device=tokens.device),
             loss_weight=self.dms.compression_weight,
         )
-        record = Microbatch(
+        record: Microbatch | None = Microbatch(
             sample_ids=torch.arange(B, device=tokens.device),
             valid=torch.ones(B, T, dtype=torch.bool, device=tokens.device),
             phase=Phase.SOFT,
@@ -238,7 +230,7 @@ class _Steps:
             account=account,
         )
         self.accounts[name] = account
-        self.ddp.zero_grad_buffer()
+        self._ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         positions = torch.arange(T, device=tokens.device).expand(B, T)
         record = None if name in WITHOUT else record
@@ -249,11 +241,11 @@ class _Steps:
         out = model(tokens, positions, None, labels=tokens, packed_seq_params=record, **fused)
         loss = out if fused else unwrap_model(model).compute_kd_loss().sum()
         (loss / tokens.numel()).backward()
-        self.ddp.finish_grad_sync()
+        self._ddp.finish_grad_sync()
         self.optimizer.step()
 
     def achieved_cr(self, name: str) -> float | None:
-        """Of the last step; None without DMS."""
+        """Return the compression ratio of the last step; None without DMS."""
         if name in WITHOUT:
             return None
         return 1 / (1 - self.accounts[name].mean_alpha(hard=True).mean().item())
@@ -265,10 +257,13 @@ def _with_backend(dms: DMSConfig, name: str) -> DMSConfig:
 
 def _transformer_config(size: ModelSize, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
     on_cuda = device.type == "cuda"
-    shape = size._asdict()
-    del shape["vocab_size"]
     return TransformerConfig(
-        **shape,
+        num_layers=size.layers,
+        hidden_size=size.hidden,
+        ffn_hidden_size=size.ffn,
+        num_attention_heads=size.heads,
+        num_query_groups=size.groups,
+        kv_channels=size.head_size,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=silu,

@@ -7,11 +7,13 @@
     megatron-dms bench loss        distillation losses against nvidia-modelopt's
     megatron-dms bench step        a training step with DMS against one without
 
-The last four use the GPU where there is one, and have larger defaults there. Candidates take turns; times
-are medians with quartiles, memory is what a run allocates at most. What could not be measured says so.
+The last four commands use the GPU if there is one, and have larger defaults there. Candidates take turns.
+Times are medians with quartiles; memory is the most that a run allocates. The table says what could not be
+measured.
 
-Progress goes to stderr; stdout gets a table, and JSON: on the last line, or of the last four on a line for
-each row (serve: two tables). Bad input: one line `error: ...` on stderr, exit status 2; interrupted: 130.
+Progress goes to stderr, a table to stdout (serve: two tables). JSON follows on the last line; the last four
+commands print a line of JSON for each row. Bad input: one line `error: ...` on stderr, exit status 2;
+interrupted: 130.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_dms.cli.bench_options import (
     ATTENTION,
@@ -31,13 +33,19 @@ from megatron_dms.cli.bench_options import (
     make_parser,
 )
 from megatron_dms.command_line import say, say_error, tool_parser
+from megatron_dms.text_table import text_table
+
+if TYPE_CHECKING:
+    from megatron_dms.benchmarks.measuring import Result
 
 PROGRAM = "megatron-dms bench"
 NOT_MEASURED = "not measured"
+Columns = dict[str, Callable[[Any], object]]
+"""Heading of each column of a table -> what the column shows of a row."""
 
 
 def _fill(options: argparse.Namespace, defaults: Sequence[Option]) -> Any:
-    """Put in the defaults of this machine's device, and torch's type; -> the device."""
+    """Fill in the defaults of this machine's device and the torch.dtype; return the device."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,7 +81,7 @@ def _attention(options: argparse.Namespace) -> None:
         f"{rows[0].device}; {rows[0].dtype}, batch {B}, {H} query heads, {G} KV heads, head size {D}, window "
         f"{window}; {options.repeats} rounds"
     )
-    columns = {
+    columns: Columns = {
         "context": lambda row: row.T,
         "step": lambda row: row.step,
         "attention": lambda row: row.attention,
@@ -97,7 +105,7 @@ def _loss(options: argparse.Namespace) -> None:
         f"{rows[0].device}; {rows[0].dtype}, {options.tokens} tokens, {options.columns} columns, hidden size "
         f"{options.hidden}; {options.repeats} rounds"
     )
-    columns = {
+    columns: Columns = {
         "loss": lambda row: row.loss,
         **TIMES,
         "x modelopt": lambda row: _number(row.to_modelopt, ".2f"),
@@ -127,7 +135,7 @@ def _step(options: argparse.Namespace) -> None:
         f"{rows[0].device}; {options.model}, {rows[0].dtype}, batch {options.batch}, window "
         f"{options.window}; {options.repeats} rounds"
     )
-    columns = {
+    columns: Columns = {
         "context": lambda row: row.T,
         "attention": lambda row: row.attention,
         "CR": lambda row: "-" if row.cr is None else f"{row.cr:.2f}",
@@ -141,8 +149,7 @@ def _step(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     device = _fill(options, SERVE)
-    from megatron_dms.benchmarks.serve import measure
-    from megatron_dms.benchmarks.serve_rows import check_picture, draw
+    from megatron_dms.benchmarks.serve import check_picture, draw, measure
 
     if options.figure:
         check_picture(options.figure)
@@ -155,14 +162,14 @@ def _serve(options: argparse.Namespace) -> None:
         f"{first.device}; {first.shape}, {first.dtype}, weights {first.weight_bytes / 1e6:.1f} MB, budget "
         f"{first.memory_bytes / 1e9:g} GB; {options.repeats} rounds"
     )
-    cache = {
+    cache: Columns = {
         "context": lambda row: row.context,
         "cache": lambda row: "dense" if row.cr is None else f"CR {row.cr:g}",
         "batch": lambda row: _number(row.batch, "d") + " (cap)" * getattr(row, "capped", False),
         **TIMES,
     }
-    note = {"": lambda row: row.note or ""}
-    columns = {
+    note: Columns = {"": lambda row: row.note or ""}
+    columns: Columns = {
         "x dense": lambda row: _number(row.to_dense, ".2f"),
         "cache MB": lambda row: _number(row.cache_bytes, ".2f", 1e-6),
         "peak MB": lambda row: _number(row.peak_bytes, ".2f", 1e-6),
@@ -185,24 +192,26 @@ def _number(value: float | None, form: str, factor: float = 1) -> str:
     return NOT_MEASURED if value is None else format(value * factor, form)
 
 
-TIMES = {
+TIMES: Columns = {
     "ms": lambda row: _number(row.ms, ".2f"),
     "quartiles": lambda row: NOT_MEASURED if row.ms is None else f"{row.low_ms:.2f} {row.high_ms:.2f}",
 }
-MEMORY = {
+MEMORY: Columns = {
     "peak MB": lambda row: _number(row.peak_bytes, ".1f", 1e-6),
     "": lambda row: row.note or "",
 }
 
 
-def _print(rows: Sequence[Any], columns: dict[str, Callable[[Any], object]]) -> None:
-    """A table, and then a line of JSON for each row."""
-    lines = [list(columns)] + [[str(cell(row)) for cell in columns.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join([*map(str.rjust, line[:-1], widths), line[-1]]).rstrip())
-    for row in rows:
-        print(json.dumps(asdict(row)))
+def _table(rows: Sequence[Any], columns: Columns) -> str:
+    cells = [[str(cell(row)) for cell in columns.values()] for row in rows]
+    return text_table([list(columns), *cells], ">" * (len(columns) - 1) + "<")
+
+
+def _print(results: Sequence["Result"], columns: Columns) -> None:
+    """Print a table, and then a line of JSON for each result."""
+    print(_table(results, columns))
+    for result in results:
+        print(json.dumps(result.as_json()))
 
 
 def _decode(options: argparse.Namespace) -> None:
@@ -215,14 +224,19 @@ def _decode(options: argparse.Namespace) -> None:
     print(
         f"{options.shape}, {options.dtype}, batch {options.batch}, CR {options.cr:g}; {options.steps} steps"
     )
-    print("context  dense ms  DMS ms  times  allowed  of it  attention  live GB  allocated/live  /dense")
-    for row in rows:
-        print(
-            f"{row.context:7}{1e3 * row.dense_step:10.1f}{1e3 * row.dms_step:8.1f}{row.speedup:7.2f}"
-            f"{row.allowed_speedup:9.2f}{row.speedup / row.allowed_speedup:7.2f}{row.attention_speedup:11.2f}"
-            f"{row.live_bytes / 1e9:9.3f}{row.allocated_bytes / row.live_bytes:16.3f}"
-            f"{row.allocated_bytes / row.dense_bytes:8.3f}"
-        )
+    columns: Columns = {
+        "context": lambda row: row.context,
+        "dense ms": lambda row: f"{1e3 * row.dense_step:.1f}",
+        "DMS ms": lambda row: f"{1e3 * row.dms_step:.1f}",
+        "times": lambda row: f"{row.speedup:.2f}",
+        "allowed": lambda row: f"{row.allowed_speedup:.2f}",
+        "of it": lambda row: f"{row.speedup / row.allowed_speedup:.2f}",
+        "attention": lambda row: f"{row.attention_speedup:.2f}",
+        "live GB": lambda row: f"{row.live_bytes / 1e9:.3f}",
+        "allocated/live": lambda row: f"{row.allocated_bytes / row.live_bytes:.3f}",
+        "/dense": lambda row: f"{row.allocated_bytes / row.dense_bytes:.3f}",
+    }
+    print(_table(rows, columns))
     print(json.dumps({"shape": options.shape, "dtype": options.dtype, "rows": [asdict(row) for row in rows]}))
 
 
@@ -230,13 +244,19 @@ def _convert(options: argparse.Namespace) -> None:
     from megatron_dms.benchmarks import convert as benchmark  # late: --help needs no torch
 
     size, found = benchmark.run(options.folder, options.gigabytes, options.repeats, say)
-    print(f"{size / 1e9:.2f} GB, medians of {options.repeats}; start: Python, torch, and its own imports")
-    print(f"{'':14}{'seconds':>9}{'GB/s':>7}{'x cp':>7}{'start s':>9}{'peak MB':>9}{'allowed MB':>12}")
-    for step, row in found.items():
-        line = f"{step:14}{row.seconds:9.2f}{size / row.seconds / 1e9:7.2f}{row.ratio_to_cp:7.2f}"
-        if row.peak_bytes:
-            line += f"{row.start_seconds:9.2f}{row.peak_bytes / 1e6:9.0f}{row.allowed_bytes / 1e6:12.0f}"
-        print(line)
+    print(
+        f"{size / 1e9:.2f} GB, medians of {options.repeats}; start: imports of Python, torch and the package"
+    )
+    columns: Columns = {
+        "": lambda item: item[0],
+        "seconds": lambda item: f"{item[1].seconds:.2f}",
+        "GB/s": lambda item: f"{size / item[1].seconds / 1e9:.2f}",
+        "x cp": lambda item: f"{item[1].ratio_to_cp:.2f}",
+        "start s": lambda item: f"{item[1].start_seconds:.2f}" if item[1].peak_bytes else "",
+        "peak MB": lambda item: f"{item[1].peak_bytes / 1e6:.0f}" if item[1].peak_bytes else "",
+        "allowed MB": lambda item: f"{item[1].allowed_bytes / 1e6:.0f}" if item[1].peak_bytes else "",
+    }
+    print(_table(list(found.items()), columns))
     rows = {step: {**asdict(row), "gb_per_second": size / row.seconds / 1e9} for step, row in found.items()}
     print(json.dumps({"bytes": size, **rows}))
 

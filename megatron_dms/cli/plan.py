@@ -19,9 +19,8 @@ from megatron_dms.cli.plan_options import assumptions, make_parser
 from megatron_dms.command_line import say, say_error, tool_parser
 from megatron_dms.planning import calibration, tables
 from megatron_dms.planning.devices import DEVICES, Device
-from megatron_dms.planning.job import RECIPES, Setting
+from megatron_dms.planning.job import RECIPES, Job
 from megatron_dms.planning.models import ModelSize, of_folder, preset
-from megatron_dms.planning.published import NOT_COMPARED
 from megatron_dms.planning.search import find_layouts, steps_to, with_recompute
 from megatron_dms.planning.serving import Serving, longest
 
@@ -40,14 +39,14 @@ def _device(options: argparse.Namespace) -> Device:
     return replace(device, memory=options.memory * 1e9) if options.memory else device
 
 
-def _setting(options: argparse.Namespace) -> Setting:
+def _job(options: argparse.Namespace) -> Job:
     model = _model(options)
     sizes = {}
     for name in ("context", "batch"):
         sizes[name] = getattr(options, name) or getattr(model, name)
         if not sizes[name]:
             raise ValueError(f"{model.name} is no preset: give --{name} N")
-    return Setting(
+    return Job(
         model,
         RECIPES[options.recipe],
         **sizes,
@@ -58,10 +57,10 @@ def _setting(options: argparse.Namespace) -> Setting:
 
 
 def _train(options: argparse.Namespace) -> dict[str, object]:
-    setting, device, assumed = _setting(options), _device(options), assumptions(options)
+    job, device, assumed = _job(options), _device(options), assumptions(options)
     fixed = {name: getattr(options, name) for name in _LAYOUT if getattr(options, name) is not None}
     say(f"trying the layouts of {options.ranks} ranks ...")
-    found = find_layouts(setting, options.ranks, device, assumed, fixed)
+    found = find_layouts(job, options.ranks, device, assumed, fixed)
     if not found.plans:
         needed = found.least.memory
         parts = asdict(needed)
@@ -73,11 +72,11 @@ def _train(options: argparse.Namespace) -> dict[str, object]:
         )
     best = found.plans[0]
     steps = {cr: steps_to(cr, options.steps_per_cr, options.zeroing_steps) for cr in options.cr}
-    each = with_recompute(setting, best, device, assumed)
-    model = setting.model
+    each = with_recompute(job, best, device, assumed)
+    model = job.model
     print(
-        f"{model.name}, {model.parameters():,} parameters; {setting.recipe.name}, {setting.context} tokens x "
-        f"{setting.batch} samples, {'fused output layer' if setting.fuse_output_layer else 'whole logits'}; "
+        f"{model.name}, {model.parameters():,} parameters; {job.recipe.name}, {job.context} tokens x "
+        f"{job.batch} samples, {'fused output layer' if job.fuse_output_layer else 'whole logits'}; "
         f"{options.ranks} ranks"
     )
     print(tables.numbers_used(device, assumed, device.memory))
@@ -90,12 +89,12 @@ def _train(options: argparse.Namespace) -> dict[str, object]:
     print("\n" + tables.time_rows(best))
     return {
         "model": asdict(model) | {"parameters": model.parameters()},
-        "recipe": asdict(setting.recipe),
-        "context": setting.context,
-        "batch": setting.batch,
-        "fuse_output_layer": setting.fuse_output_layer,
-        "distributed_optimizer": setting.distributed_optimizer,
-        "logits_bytes": setting.logits_bytes,
+        "recipe": asdict(job.recipe),
+        "context": job.context,
+        "batch": job.batch,
+        "fuse_output_layer": job.fuse_output_layer,
+        "distributed_optimizer": job.distributed_optimizer,
+        "logits_bytes": job.logits_bytes,
         "device": asdict(device),
         "assumptions": asdict(assumed),
         "steps": {f"{cr:g}": count for cr, count in steps.items()},
@@ -153,7 +152,7 @@ def _check(options: argparse.Namespace) -> dict[str, object]:
     )
     print(tables.compared_rows(steps) + "\n")
     print("not compared:")
-    for what, why in NOT_COMPARED.items():
+    for what, why in calibration.NOT_COMPARED.items():
         print(f"  {what}: {why}")
     trained = [row.run._asdict() | {"layout": str(row.plan.layout), "utilization": row.utilization} | {
         kind: tables.compared_json(getattr(row, kind)) for kind in ("roofline", "expected", "left_out")

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         timeout=options.timeout,
     )
     check = ResumeCheck(plan)
-    tensors, different, failure = 0, [], None
+    tensors, failure = 0, None
+    different: list[str] = []
     try:
         tensors, different = check.run()
     except CheckFailed as error:

@@ -1,4 +1,4 @@
-"""Numbers of the hardware, and what is assumed about how much of them a run gets."""
+"""The numbers of the hardware, and the assumptions about how much of them a run reaches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 class Device:
     """One accelerator, from its data sheet.
 
-    flops: dense bf16 with fp32 accumulation, per second. memory: bytes. bandwidth: of that memory, bytes/s.
-    node_link, network: bytes/s of one device in one direction, within its node and beyond it.
+    flops: dense bf16 FLOPs with fp32 accumulation in a second. memory: bytes. bandwidth: bytes/s of the
+    memory. node_link, network: bytes/s of one device in one direction, within its node and beyond it.
     """
 
     name: str
@@ -29,18 +29,18 @@ DEVICES: Mapping[str, Device] = {
         Device("a100", 312e12, 80e9, 2.04e12, 300e9, 25e9),
     )
 }
-"""SXM modules; the network is one 400 Gb/s (A100: 200 Gb/s) port per device. Of the memory a few percent more
-can be allocated than the data sheet says."""
+"""SXM modules. The network is one port of 400 Gb/s (A100: 200 Gb/s) for each device. A few percent more
+memory can be allocated than the data sheet says."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares of the data sheet that are reached, and what is not hidden behind other work.
+    """Shares of the data sheet that a run reaches, and what it does not hide behind other work.
 
-    All but the last are round numbers near what large products, FlashAttention-2 kernels, streaming kernels
-    and NCCL reach on an H100 in public reports, not adapted to any comparison. `slowdown` is the only fitted
-    number: one for all runs, the geometric mean of published over predicted time (calibration.py). Nothing
-    here was measured with this project, which has not trained on a GPU.
+    All numbers but the last are round numbers near what large products, FlashAttention-2 kernels, streaming
+    kernels and NCCL reach on an H100 in public reports; they are not adapted to any comparison. `slowdown` is
+    the only fitted number. It serves all runs and is the geometric mean of published over predicted time
+    (calibration.py). Nothing here was measured with this project, which has not trained on a GPU.
     """
 
     matmul: float = 0.6
@@ -54,9 +54,9 @@ class Assumptions:
     latency: float = 20e-6
     """Seconds for each collective or send, however small."""
     exposed_dp: float = 1.0
-    """Share of the gradient's reduction and the parameters' gathering that is waited for. 1: Megatron without
-    --overlap-grad-reduce and --overlap-param-gather. TP, CP and PP messages are always waited for."""
+    """Share of gradient reduction and parameter gathering that a step waits for. 1: Megatron without
+    --overlap-grad-reduce and --overlap-param-gather. A step always waits for TP, CP and PP messages."""
     overhead: float = 4e9
-    """Bytes of a device that no category has: CUDA context, NCCL's buffers, workspaces, fragmentation."""
+    """Bytes of a device outside all categories: CUDA context, buffers of NCCL, workspaces, fragmentation."""
     slowdown: float = 2.88
     """Factor on the predicted time of a training step."""

@@ -1,12 +1,21 @@
-"""What is planned: a retrofit (recipe, model, context, batch), and a layout of ranks to run it in."""
+"""What is planned: a retrofit job (recipe, model, context, batch), and the layout of ranks that runs it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from megatron_dms.layout_rules import (
+    Division,
+    batch_multiple,
+    first_inexact,
+    heads_can_be_shared,
+    model_divisions,
+    sequence_parallel_multiple,
+    sequence_parts,
+)
 from megatron_dms.planning.models import ModelSize
 
 RECOMPUTE = ("none", "selective", "full")
-"""Megatron's --recompute-granularity; selective: core attention, full: each layer (uniform, 1 layer)."""
+"""Values of Megatron's --recompute-granularity. selective: core attention; full: every layer (uniform, 1)."""
 ELEMENT = 2
 """Bytes of a bf16 number."""
 
@@ -15,8 +24,9 @@ ELEMENT = 2
 class Recipe:
     """What is trained, and against which teacher.
 
-    trains_all: all weights, else the predictor alone with the base frozen. linear: the linear predictor (else
-    a borrowed channel, which has no parameters). own_teacher: a second, frozen model of the same size.
+    trains_all: train all weights; otherwise train the predictor alone and freeze the base. linear: use the
+    linear predictor; otherwise use a borrowed channel, which has no parameters. own_teacher: the teacher is
+    a second, frozen model of the same size.
     """
 
     name: str
@@ -34,11 +44,11 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One retrofit. context in tokens, batch in samples (global); logits_bytes: of one logit.
+class Job:
+    """One retrofit. context: tokens. batch: samples of the global batch. logits_bytes: bytes of one logit.
 
     Raises:
-        ValueError: on construction, naming what was found and what was expected.
+        ValueError: on construction; it names what was found and what was expected.
     """
 
     model: ModelSize
@@ -60,8 +70,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """TP x PP x CP x DP ranks. sp: sequence parallelism; micro: samples of a microbatch."""
+class RankLayout:
+    """A layout of TP x PP x CP x DP ranks. sp: sequence parallelism; micro: samples of a microbatch."""
 
     tp: int = 1
     pp: int = 1
@@ -73,22 +83,23 @@ class Layout:
 
     @property
     def ranks(self) -> int:
+        """Number of ranks."""
         return self.tp * self.pp * self.cp * self.dp
 
-    def microbatches(self, setting: Setting) -> int:
-        """Of one step on each pipeline."""
-        return setting.batch // (self.dp * self.micro)
+    def microbatches(self, job: Job) -> int:
+        """Return the number of microbatches of one step on each pipeline."""
+        return job.batch // (self.dp * self.micro)
 
-    def tokens(self, setting: Setting) -> int:
-        """n: tokens of a microbatch on one rank of the context-parallel group."""
-        return self.micro * setting.context // self.cp
+    def tokens(self, job: Job) -> int:
+        """Return n, the tokens of a microbatch on one rank of the context-parallel group."""
+        return self.micro * job.context // self.cp
 
-    def in_flight(self, setting: Setting, stage: int) -> int:
-        """Microbatches whose activations a stage (0 = first) holds at once, under 1F1B."""
-        return min(self.microbatches(setting), self.pp - stage)
+    def in_flight(self, job: Job, stage: int) -> int:
+        """Return how many microbatches' activations a stage (0 = first) holds at once, under 1F1B."""
+        return min(self.microbatches(job), self.pp - stage)
 
     def kv_copies(self, model: ModelSize) -> int:
-        """Context-parallel ranks that share a KV head in attention (mcore/context_parallel.py)."""
+        """Return the number of context-parallel ranks that share a KV head (mcore/context_parallel.py)."""
         return max(self.cp // (model.groups // self.tp), 1)
 
     def __str__(self) -> str:
@@ -97,47 +108,42 @@ class Layout:
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """Return the divisors of a number in ascending order."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
-def refusal(setting: Setting, layout: Layout) -> str | None:
-    """Why Megatron or pretrain_dms.py cannot run a layout, whatever its memory; None: it can."""
-    model = setting.model
-    divided = {
-        "query heads": (model.heads, layout.tp),
-        "KV heads": (model.groups, layout.tp),
-        "MLP channels": (model.ffn, layout.tp),
-        "layers": (model.layers, layout.pp),
-        "samples of the batch": (setting.batch, layout.dp * layout.micro),
-        # two parts of the sequence for each rank: the causal triangle is then cut into equal shares
-        "tokens of context": (setting.context, 2 * layout.cp if layout.cp > 1 else 1),
-    }
-    for what, (number, by) in divided.items():
-        if number % by:
-            return f"{number} {what} are not divisible by {by}"
+def refusal(job: Job, layout: RankLayout) -> str | None:
+    """Return why Megatron or pretrain_dms.py cannot run a layout, whatever its memory; None if it can."""
+    model = job.model
+    divisions = model_divisions(model.heads, model.groups, model.ffn, model.layers, layout.tp, layout.pp)
+    divisions += [
+        Division("samples of the batch", job.batch, batch_multiple(layout.micro, layout.dp)),
+        Division("tokens of context", job.context, sequence_parts(layout.cp)),
+    ]
+    if wrong := first_inexact(divisions):
+        return f"{wrong.number} {wrong.what} are not divisible by {wrong.by}"
     heads, groups = model.heads // layout.tp, model.groups // layout.tp
-    if heads % layout.cp or (groups % layout.cp and layout.cp % groups):
+    if not heads_can_be_shared(heads, groups, layout.cp):
         return f"{heads} query and {groups} KV heads of a TP rank cannot be shared out among CP {layout.cp}"
     if layout.sp and layout.tp == 1:
         return "sequence parallelism needs TP above 1"
-    part = setting.context // layout.cp
-    if layout.sp and part % layout.tp:  # it cuts each sample's sequence
+    if layout.sp and job.context % sequence_parallel_multiple(layout.tp, layout.cp):
+        part = job.context // layout.cp
         return f"{part} tokens of context on each rank are not divisible by TP {layout.tp}"
     return None
 
 
-def layouts(setting: Setting, ranks: int) -> Iterator[Layout]:
-    """Every layout of so many ranks that can run, in a fixed order; memory is not looked at."""
+def layouts(job: Job, ranks: int) -> Iterator[RankLayout]:
+    """Yield every layout of so many ranks that can run, in a fixed order. Memory is not considered."""
     for tp in divisors(ranks):
         for pp in divisors(ranks // tp):
             for cp in divisors(ranks // (tp * pp)):
-                base = Layout(tp, pp, cp, ranks // (tp * pp * cp))
-                if refusal(setting, base):
+                base = RankLayout(tp, pp, cp, ranks // (tp * pp * cp))
+                if refusal(job, base):
                     continue
-                for micro in divisors(setting.batch // base.dp):
+                for micro in divisors(job.batch // base.dp):
                     for sp in (False, True):
                         sized = replace(base, micro=micro, sp=sp)
-                        if refusal(setting, sized) is None:
+                        if refusal(job, sized) is None:
                             yield from (replace(sized, recompute=name) for name in RECOMPUTE)

@@ -1,4 +1,4 @@
-"""Sizes of models, of presets or of a config.json, and how many parameters they have."""
+"""The sizes of models, as presets or from a config.json, and their numbers of parameters."""
 
 import json
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PAD_VOCABULARY_TO = 128
-"""Megatron's --make-vocab-size-divisible-by; times TP."""
+"""Default of Megatron's --make-vocab-size-divisible-by; it pads to a multiple of this number times TP."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A dense decoder: RMSNorm, grouped queries, gated SiLU.
+    """The sizes of a dense decoder with RMSNorm, grouped queries and gated SiLU.
 
-    context, batch: what the authors of DMS trained it with (tokens, samples); None where they did not.
+    context, batch: tokens and samples with which the authors of DMS trained the model; None if they did not.
     """
 
     name: str
@@ -33,51 +33,56 @@ class ModelSize:
 
     @property
     def q(self) -> int:
-        """Channels of all query heads."""
+        """Channels of all query heads together."""
         return self.heads * self.head_size
 
     @property
     def kv(self) -> int:
-        """Channels of all keys (or values)."""
+        """Channels of all keys, or of all values."""
         return self.groups * self.head_size
 
     @property
     def layer_matmul(self) -> int:
-        """Elements of a layer's matrices: what a token is multiplied with."""
+        """Number of elements in the matrices of one layer."""
         return self.hidden * (2 * self.q + 2 * self.kv + 3 * self.ffn)
 
     @property
     def pair_bytes(self) -> int:
-        """Of one token's keys and values in all layers and KV heads, in a 2-byte type."""
+        """Bytes of one token's keys and values in all layers and KV heads, in a 2-byte type."""
         return 2 * 2 * self.layers * self.kv
 
     def padded_vocab(self, tp: int) -> int:
-        """Rows of the embedding in Megatron at this tensor-parallel size."""
+        """Return the number of rows that the embedding has in Megatron at this tensor-parallel size."""
         multiple = PAD_VOCABULARY_TO * tp
         return -(-self.vocab // multiple) * multiple
 
     def layer_parameters(self, tp: int = 1) -> int:
-        """Of one layer on one tensor-parallel rank, without a predictor: matrices and biases are divided,
-        norms are not."""
+        """Return the parameters of one layer on one tensor-parallel rank, without a predictor.
+
+        Matrices and biases are divided among the ranks, norms are not.
+        """
         divided = self.layer_matmul + (self.q + 2 * self.kv if self.qkv_bias else 0)
         return divided // tp + 2 * self.hidden + (2 * self.head_size if self.qk_norm else 0)
 
     def predictor_parameters(self, tp: int = 1) -> int:
-        """Of one layer's linear predictor on one tensor-parallel rank (DMS.md: G x hidden + hidden, and a
-        bias where the model's attention has one). A borrowed channel has none."""
+        """Return the parameters of one layer's linear predictor on one tensor-parallel rank.
+
+        These are G x hidden + hidden (DMS.md), and a bias if the attention of the model has biases. A
+        borrowed channel has no parameters.
+        """
         divided = self.groups * self.hidden + (self.groups if self.qkv_bias else 0)
         return divided // tp + self.hidden
 
     def parameters(self) -> int:
-        """Of the whole model as its checkpoint has it: no padding, no predictor."""
+        """Return the parameters of the whole checkpoint, without padding and predictor."""
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * self.layer_parameters() + embeddings + self.hidden
 
     def stage_parameters(self, tp: int, pp: int, stage: int, predictor: bool = False) -> int:
-        """On one rank of a pipeline stage (0 = first) in Megatron.
+        """Return the parameters on one rank of a pipeline stage (0 = first) in Megatron.
 
-        The first stage holds the embedding, the last one the final norm and the output layer: its own, or,
-        where they are tied and the stage is another one, a copy of the embedding.
+        The first stage holds the embedding, the last stage the final norm and the output layer. If embedding
+        and output layer are tied and the stages differ, the last stage holds a copy of the embedding.
         """
         table = self.padded_vocab(tp) * self.hidden // tp
         layer = self.layer_parameters(tp) + (self.predictor_parameters(tp) if predictor else 0)
@@ -89,7 +94,12 @@ class ModelSize:
         return count
 
 
-_QWEN = {"qkv_bias": True, "positions": 131072, "context": 8192, "batch": 1024}
+def _qwen(name: str, layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: int) -> ModelSize:
+    """Return the sizes of a Qwen model that the paper trained."""
+    sizes = (layers, hidden, ffn, heads, groups, 128, vocab, 131072)
+    return ModelSize(name, *sizes, qkv_bias=True, context=8192, batch=1024)
+
+
 PRESETS: Mapping[str, ModelSize] = {
     size.name: size
     for size in (
@@ -98,29 +108,32 @@ PRESETS: Mapping[str, ModelSize] = {
         ),
         ModelSize("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000, 4096, context=4096, batch=1024),
         ModelSize("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, 131072, context=8192, batch=1024),
-        ModelSize("qwen-r1-1.5b", 28, 1536, 8960, 12, 2, 128, 151936, **_QWEN),
-        ModelSize("qwen-r1-7b", 28, 3584, 18944, 28, 4, 128, 152064, **_QWEN),
-        ModelSize("qwen-r1-32b", 64, 5120, 27648, 40, 8, 128, 152064, **_QWEN),
+        _qwen("qwen-r1-1.5b", 28, 1536, 8960, 12, 2, 151936),
+        _qwen("qwen-r1-7b", 28, 3584, 18944, 28, 4, 152064),
+        _qwen("qwen-r1-32b", 64, 5120, 27648, 40, 8, 152064),
         ModelSize(
             "qwen3-8b", 36, 4096, 12288, 32, 8, 128, 151936, 40960, qk_norm=True, context=32768, batch=256
         ),
     )
 }
-"""Sizes of the public config.json files; context and batch of the paper's Table of settings (DMS.md, 5)."""
+"""Sizes of the public config.json files; context and batch are those of the paper's settings (DMS.md, 5)."""
+QWEN3_SMALL = ModelSize("qwen3-0.6b", 28, 1024, 3072, 16, 8, 128, 151936, 131072, tied=True, qk_norm=True)
+TOY = ModelSize("tiny", 2, 64, 96, 4, 2, 16, 131, 131072, tied=True)
+"""Sizes of models that are measured (benchmarks/synthetic_models.py) and are no presets."""
 
 
 def preset(name: str) -> ModelSize:
-    """Raises ValueError for an unknown name."""
+    """Return the sizes of a preset; raise ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"model is {name!r}, expected one of {', '.join(PRESETS)}, or --hf DIR")
     return PRESETS[name]
 
 
 def of_folder(folder: Path) -> ModelSize:
-    """The model of a HF folder's config.json, read and checked as a conversion does (imports torch).
+    """Return the sizes in an HF folder's config.json, read and checked as in a conversion (imports torch).
 
     Raises:
-        ValueError: no such file, or a model that this project does not know; one line.
+        ValueError: the file cannot be read, or this project does not know the model; one line.
     """
     from megatron_dms.conversion.families import read_model
 

@@ -1,7 +1,8 @@
-"""Inference: what a decode step takes, and which W-L-CR (chains, tokens, compression ratio) fit a budget.
+"""Inference: how long a decode step takes, and which W-L-CR (chains, tokens, compression ratio) fit a budget.
 
-A step reads all weights and all live pairs once: bytes over bandwidth, or the products' FLOPs if they take
-longer. W chains are one batch; each has its own copy of its prompt's pairs, as the exported model does.
+A step reads all weights and all live pairs once. Its time is that of reading them, or that of the FLOPs if
+they take longer. W chains are one batch; each chain has its own copy of the prompt's pairs, as in the
+exported model.
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,26 @@ from megatron_dms.planning.devices import Assumptions, Device
 from megatron_dms.planning.models import ModelSize
 
 PAGE = 64
-"""Slots of a page (hf/pages_dms.py); half a page per head is empty on average."""
+"""Slots of a page (hf/pages_dms.py). On average half a page of each head is empty."""
 
 
 def live_pairs(tokens: float, cr: float, window: int) -> float:
-    """Pairs that a KV head holds after so many tokens, if it evicts 1 - 1 / CR of them: all within the window
-    (window + 1 with the token itself), one in CR of the older ones. (DMS.md, section 4.)"""
+    """Return how many pairs a KV head holds after so many tokens, if it evicts 1 - 1 / CR of them.
+
+    It holds all pairs within the window (window + 1 with the token itself), and one in CR of the older pairs
+    (DMS.md, section 4).
+    """
     inside = min(tokens, window + 1)
     return inside + (tokens - inside) / cr
 
 
 @dataclass(frozen=True)
 class Serving:
-    """A model on `tp` devices. window in tokens; element: bytes of a number; fixed_seconds: of each step,
-    whatever it reads (launches)."""
+    """A model that is served on `tp` devices.
+
+    window is in tokens. element: bytes of a number. fixed_seconds: time of each step beside reading and
+    computing, such as kernel launches.
+    """
 
     model: ModelSize
     device: Device
@@ -42,35 +49,35 @@ class Serving:
 
     @property
     def weight_bytes(self) -> float:
-        """Per device."""
+        """Bytes of the weights on each device."""
         return self.element * self.model.parameters() / self.tp
 
     @property
     def read_bytes(self) -> float:
-        """Weights that a step reads, per device: an embedding of its own is only looked up."""
+        """Bytes of weights that a step reads on each device; an untied embedding is only looked up."""
         untied = 0 if self.model.tied else self.model.vocab * self.model.hidden
         return self.element * (self.model.parameters() - untied) / self.tp
 
     def pair_bytes(self, pairs: float) -> float:
-        """Keys and values of one sequence whose heads hold so many pairs each, per device."""
+        """Return the bytes of one sequence's pairs on each device, if each head holds so many of them."""
         return pairs * self.model.pair_bytes / 2 * self.element / self.tp
 
     def allocated_bytes(self, pairs: float, paged: bool) -> float:
-        """Of one sequence at most: in pages, and one of the 2 L tensors twice while it grows."""
+        """Return the most bytes of a sequence: in pages, with one of 2 L tensors twice while it grows."""
         held = self.pair_bytes(pairs + PAGE / 2 if paged else pairs)
         return held * (1 + 1 / (2 * self.model.layers))
 
     def memory(self, chains: int, tokens: float, cr: float) -> float:
-        """Bytes per device at the end of so many tokens, the prompt among them. CR 1: a dense cache."""
+        """Return the bytes on each device after so many tokens, including the prompt. CR 1: a dense cache."""
         pairs = live_pairs(tokens, cr, self.window)
         return self.weight_bytes + chains * self.allocated_bytes(pairs, cr > 1) + self.assumed.overhead
 
     def step_seconds(self, chains: int, tokens: float, cr: float) -> float:
-        """One token for each chain, after so many tokens."""
+        """Return the seconds of a step, which makes one token for each chain, after so many tokens."""
         return self.seconds_of(chains, live_pairs(tokens, cr, self.window))
 
     def seconds_of(self, chains: int, pairs: float) -> float:
-        """One token for each chain, whose heads hold so many pairs."""
+        """Return the seconds of a step, if the heads of each chain hold so many pairs."""
         model, device, assumed = self.model, self.device, self.assumed
         reading = (self.read_bytes + chains * self.pair_bytes(pairs)) / (device.bandwidth * assumed.memory)
         matrices = model.layers * model.layer_matmul + model.vocab * model.hidden
@@ -86,9 +93,9 @@ class Serving:
 
 @dataclass(frozen=True)
 class Fit:
-    """The most tokens for one W and CR, and what a step costs at their end. tokens 0: not even one fits.
+    """The most tokens that fit for one W and CR, and the cost of the last step. tokens 0: not even one fits.
 
-    limit: memory, time, or positions, what keeps it from being longer.
+    limit: what keeps the chains from being longer: memory, time or positions.
     """
 
     chains: int
@@ -98,12 +105,14 @@ class Fit:
     memory: float
     step_seconds: float
     dense_memory: float
-    """Bytes that W-L without compression would take."""
+    """Bytes that W chains of L tokens would take without compression."""
 
 
 def longest(serving: Serving, chains: int, cr: float, memory: float, seconds: float) -> Fit:
-    """The largest L such that the last step of W chains of L tokens fits into `memory` bytes of each device
-    and `seconds`. Both only grow with L, so L is found by halving."""
+    """Find the largest L for which W chains of L tokens fit into the memory of each device and the time.
+
+    memory: bytes. seconds: of the last step. Both grow with L, so L is found by bisection.
+    """
 
     def fits(tokens: int) -> bool:
         return (

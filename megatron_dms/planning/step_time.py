@@ -1,39 +1,44 @@
-"""Seconds of a training step, from a roofline: products at a share of the device's FLOPs, everything else at
-a share of its memory's or a link's bandwidth, one after the other.
+"""Seconds of a training step, from a roofline.
 
-Passes of a linear layer: 1 forward, 1 for the gradient of its input, 1 for that of its weight unless it is
-frozen, 1 in the teacher, 1 under full recompute. Of attention: 1 forward, 2.5 backward (five products
-instead of two, as flash kernels make the scores again), 1 in the teacher, 1 under either recompute. Attention
-is counted as causal and dense: what the Triton back-end saves on evicted keys is not.
+Products run at a share of the device's FLOPs. Everything else runs at a share of the bandwidth of its memory
+or of a link. The parts follow one after the other.
+
+A linear layer has 1 forward pass, 1 pass for the gradient of its input, 1 for the gradient of its weight
+unless the weight is frozen, 1 in the teacher, and 1 under full recompute. Attention has 1 forward pass, 2.5
+backward (five products instead of two, as flash kernels compute the scores again), 1 in the teacher, and 1
+under either recompute. Attention is counted as causal and dense, without what the Triton back-end saves on
+evicted keys.
 """
 
 import math
 from dataclasses import dataclass, fields
 
 from megatron_dms.planning.devices import Assumptions, Device
-from megatron_dms.planning.job import ELEMENT, Layout, Setting
+from megatron_dms.planning.job import ELEMENT, Job, RankLayout
 from megatron_dms.planning.memory import GRADIENT, WEIGHT
 
 ATTENTION_BACKWARD = 2.5
-"""In times of its forward."""
+"""Time of the backward pass of attention as a multiple of its forward pass."""
 LOSS_PASSES = 8
-"""Times that one rank's logits cross its memory: both written, read, and the gradient in place of one."""
+"""How often the logits of a rank cross its memory: both are written and read, a gradient replaces one."""
 OPTIMIZER_BYTES = 30
-"""Per parameter of a rank's share: gradient, master, moments read (16), three written (12), bf16 (2)."""
+"""Bytes for a parameter of a rank's share: gradient, master, moments (16), three written (12), bf16 (2)."""
 GRADIENT_SWEEPS = 2 * GRADIENT
-"""Per trained parameter: the gradient's norm, and its zeroing."""
+"""Bytes for each trained parameter: the norm of the gradient, and zeroing it."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one microbatch costs a rank of a stage. FLOPs; bytes of its memory, of TP, CP and PP messages; how
-    many messages."""
+    """What one microbatch costs a rank of a stage.
+
+    matmul and attention are in FLOPs; memory, weights, tp, cp and pp are in bytes.
+    """
 
     matmul: float
     attention: float
     memory: float
     weights: float
-    """Bytes of weights read by the products: their least time."""
+    """Bytes of weights that the products read, which bound their time from below."""
     tp: float
     tp_messages: int
     cp: float
@@ -58,62 +63,63 @@ class StepTime:
 
     @property
     def roofline(self) -> float:
-        """Their sum, before any slowdown."""
+        """The sum of all parts, before any slowdown."""
         return sum(getattr(self, item.name) for item in fields(self))
 
 
-def passes(setting: Setting, layout: Layout) -> tuple[float, float]:
-    """(of a base model's linear layer, of attention), student and teacher together."""
+def passes(job: Job, layout: RankLayout) -> tuple[float, float]:
+    """Return the passes of a linear layer and of attention; student and teacher together."""
     recompute = layout.recompute
-    linear = 1 + (2 if setting.recipe.trains_all else 1) + 1 + (recompute == "full")
+    linear = 1 + (2 if job.recipe.trains_all else 1) + 1 + (recompute == "full")
     return linear, 1 + ATTENTION_BACKWARD + 1 + (recompute != "none")
 
 
-def moved_by_layer(setting: Setting, layout: Layout, teacher: bool) -> float:
-    """Bytes that a layer's element-wise operations read and write in a forward pass of a microbatch."""
-    model, n, t = setting.model, layout.tokens(setting), layout.tp
+def moved_by_layer(job: Job, layout: RankLayout, teacher: bool) -> float:
+    """Return the bytes that element-wise operations of a layer move in a forward pass of a microbatch."""
+    model, n, t = job.model, layout.tokens(job), layout.tp
     stream = ELEMENT * model.hidden * (n / t if layout.sp else n)
     qk = ELEMENT * (model.q + model.kv) * n / t
     moved = 2 * 2 * stream + 2 * 3 * stream  # two norms (in, out), two residual sums (in, in, out)
     moved += 2 * qk * (2 if model.qk_norm else 1)  # RoPE, norms of queries and keys
     moved += ELEMENT * 3 * model.ffn * n / t  # gate and up in, product out
-    moved += 2 * 2 * exchanged(setting, layout)  # packed and unpacked
+    moved += 2 * 2 * exchanged(job, layout)  # packed and unpacked
     if not teacher:
         moved += 2 * ELEMENT * model.kv * n / t  # the logit joins the values
-        if setting.recipe.linear:
+        if job.recipe.linear:
             moved += 2 * stream  # the predictor's norm
         else:
             moved += 2 * 2 * ELEMENT * model.q * n / t  # the borrowed channel is faded twice
     return moved
 
 
-def exchanged(setting: Setting, layout: Layout) -> float:
-    """Bytes that a rank exchanges with its context-parallel group in a forward pass of a layer, its own share
-    among them: queries, keys and values there, the output back (mcore/context_parallel.py)."""
+def exchanged(job: Job, layout: RankLayout) -> float:
+    """Return the bytes that a rank exchanges with its context-parallel group in a forward pass of a layer.
+
+    Queries, keys and values are sent, the output comes back (mcore/context_parallel.py). The rank's own share
+    is included.
+    """
     if layout.cp == 1:
         return 0
-    model = setting.model
+    model = job.model
     channels = 2 * model.q + 2 * model.kv * layout.kv_copies(model)
-    return ELEMENT * channels * layout.tokens(setting) / layout.tp
+    return ELEMENT * channels * layout.tokens(job) / layout.tp
 
 
-def stage_work(setting: Setting, layout: Layout, stage: int) -> Work:
-    """Of one microbatch, forward and backward, teacher and student."""
-    model, recipe, n, t = setting.model, setting.recipe, layout.tokens(setting), layout.tp
+def stage_work(job: Job, layout: RankLayout, stage: int) -> Work:
+    """Return the work of one microbatch: forward and backward, teacher and student."""
+    model, recipe, n, t = job.model, job.recipe, layout.tokens(job), layout.tp
     layers, last = model.layers // layout.pp, stage == layout.pp - 1
-    linear, attention = passes(setting, layout)
+    linear, attention = passes(job, layout)
     full = layout.recompute == "full"
 
     elements = layers * model.layer_matmul * linear
     if recipe.linear:  # trained: forward, two gradients, and recompute
         elements += layers * model.hidden * model.groups * (3 + full)
-    moved = layers * (
-        moved_by_layer(setting, layout, False) * (3 + full) + moved_by_layer(setting, layout, True)
-    )
+    moved = layers * (moved_by_layer(job, layout, False) * (3 + full) + moved_by_layer(job, layout, True))
     if last:  # the output layer is never recomputed
         table = model.padded_vocab(t) * model.hidden
         elements += table * (linear - full)
-        moved += LOSS_PASSES * n * model.padded_vocab(t) / t * setting.logits_bytes
+        moved += LOSS_PASSES * n * model.padded_vocab(t) / t * job.logits_bytes
 
     # A gather or a scatter of the whole stream; an all-reduce is both. Two pairs in each pass of a layer.
     unit = ELEMENT * model.hidden * n * (t - 1) / t
@@ -124,14 +130,14 @@ def stage_work(setting: Setting, layout: Layout, stage: int) -> Work:
 
     # Forward, backward, teacher, recompute of attention; three all-to-alls each.
     exchanges = layers * (1 + 1 + 1 + (layout.recompute != "none")) if layout.cp > 1 else 0
-    sent = exchanges * exchanged(setting, layout) * (layout.cp - 1) / layout.cp
+    sent = exchanges * exchanged(job, layout) * (layout.cp - 1) / layout.cp
 
     # Student's and teacher's hidden states forward, their gradients back; a middle stage does both twice.
     borders = 0 if layout.pp == 1 else 2 if stage in (0, layout.pp - 1) else 4
     border = 2 * ELEMENT * model.hidden * n / (t if layout.sp else 1)
     return Work(
         matmul=2 * elements * n / t,
-        attention=layers * attention * 2 * setting.context * model.q * n / t,
+        attention=layers * attention * 2 * job.context * model.q * n / t,
         memory=moved,
         weights=WEIGHT * elements / t,
         tp=gathers * unit,
@@ -143,11 +149,11 @@ def stage_work(setting: Setting, layout: Layout, stage: int) -> Work:
     )
 
 
-def _parts(work: Work, layout: Layout, device: Device, assumed: Assumptions) -> StepTime:
-    """Seconds of one microbatch."""
+def _parts(work: Work, layout: RankLayout, device: Device, assumed: Assumptions) -> StepTime:
+    """Return the seconds of one microbatch."""
 
     def sent(size: float, messages: int, span: int) -> float:
-        """span: ranks next to each other that the message stays among."""
+        """Return the seconds of messages that stay among `span` neighbouring ranks."""
         link = device.node_link if span <= device.per_node else device.network
         return size / (link * assumed.network) + messages * assumed.latency
 
@@ -165,44 +171,42 @@ def _parts(work: Work, layout: Layout, device: Device, assumed: Assumptions) -> 
     )
 
 
-def step_flops(setting: Setting, layout: Layout) -> float:
-    """Of all ranks in one step, recompute among them."""
-    every = [stage_work(setting, layout, stage) for stage in range(layout.pp)]
+def step_flops(job: Job, layout: RankLayout) -> float:
+    """Return the FLOPs of all ranks in one step, including recompute."""
+    every = [stage_work(job, layout, stage) for stage in range(layout.pp)]
     ranks = layout.tp * layout.cp * layout.dp
-    return ranks * layout.microbatches(setting) * sum(work.matmul + work.attention for work in every)
+    return ranks * layout.microbatches(job) * sum(work.matmul + work.attention for work in every)
 
 
-def step_time(setting: Setting, layout: Layout, device: Device, assumed: Assumptions) -> StepTime:
-    """Of one step under 1F1B: the first microbatch passes all stages, then the slowest sets the pace.
+def step_time(job: Job, layout: RankLayout, device: Device, assumed: Assumptions) -> StepTime:
+    """Return the time of a step under 1F1B: one microbatch passes all stages, then the slowest sets the pace.
 
     With p equal stages and m microbatches this is (m + p - 1) times a stage's time, of which the share
     (p - 1) / (m + p - 1) is the bubble.
     """
-    p, m = layout.pp, layout.microbatches(setting)
+    p, m = layout.pp, layout.microbatches(job)
     kinds = {0: 1, p - 1: 1} | ({1: p - 2} if p > 2 else {})  # stage -> how many are like it
-    found = {stage: _parts(stage_work(setting, layout, stage), layout, device, assumed) for stage in kinds}
+    found = {stage: _parts(stage_work(job, layout, stage), layout, device, assumed) for stage in kinds}
     slowest = max(found.values(), key=lambda parts: parts.roofline)
     fill = sum(count * found[stage].roofline for stage, count in kinds.items()) - slowest.roofline
-    dp, optimizer = _once_a_step(setting, layout, device, assumed)
+    dp, optimizer = _once_a_step(job, layout, device, assumed)
     busy = {name: m * getattr(slowest, name) for name in ("matmul", "attention", "memory", "tp", "cp", "pp")}
     return StepTime(**busy, bubble=fill, dp=dp, optimizer=optimizer)
 
 
-def _once_a_step(
-    setting: Setting, layout: Layout, device: Device, assumed: Assumptions
-) -> tuple[float, float]:
-    """Seconds of (gradient reduction and what goes with it, optimizer), on the stage with most parameters."""
-    model, recipe, t, p = setting.model, setting.recipe, layout.tp, layout.pp
+def _once_a_step(job: Job, layout: RankLayout, device: Device, assumed: Assumptions) -> tuple[float, float]:
+    """Return the seconds of gradient reduction and of the optimizer, on the stage with most parameters."""
+    model, recipe, t, p = job.model, job.recipe, layout.tp, layout.pp
     stages = {0, p - 1}
     if recipe.trains_all:
         trained = max(model.stage_parameters(t, p, stage) for stage in stages)
     else:
         trained = model.layers // p * model.predictor_parameters(t)
     copies = layout.dp * layout.cp
-    shards = copies if setting.distributed_optimizer else 1
+    shards = copies if job.distributed_optimizer else 1
     link = device.node_link if t * copies <= device.per_node else device.network
     # reduce-scatter in fp32, all-gather of bf16 weights; or an all-reduce in fp32
-    each = GRADIENT + WEIGHT if setting.distributed_optimizer else 2 * GRADIENT
+    each = GRADIENT + WEIGHT if job.distributed_optimizer else 2 * GRADIENT
     seconds = each * trained * (copies - 1) / copies / (link * assumed.network) * assumed.exposed_dp
     if copies > 1:
         seconds += 2 * assumed.latency * math.ceil(math.log2(copies))

@@ -1,4 +1,4 @@
-"""Text for people: tables, and the numbers that a prediction used."""
+"""The tables of `megatron-dms plan`, its JSON, and the numbers that a prediction used."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -9,19 +9,11 @@ from megatron_dms.planning.memory import Memory
 from megatron_dms.planning.search import Plan
 from megatron_dms.planning.serving import Fit
 from megatron_dms.planning.step_time import StepTime
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Columns under each other; the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    )
+from megatron_dms.text_table import text_table
 
 
 def numbers_used(device: Device, assumed: Assumptions, memory: float) -> str:
-    """Of the device and of what is assumed; memory: bytes that may be filled."""
+    """Return the numbers that a prediction used. memory: bytes that may be filled."""
     return (
         f"numbers used: {device.name}: {device.flops / 1e12:g} TFLOP/s bf16, {memory / 1e9:g} GB at "
         f"{device.bandwidth / 1e12:g} TB/s, {device.per_node} in a node at {device.node_link / 1e9:g} GB/s, "
@@ -33,7 +25,10 @@ def numbers_used(device: Device, assumed: Assumptions, memory: float) -> str:
 
 
 def plan_rows(plans: Sequence[Plan], steps: dict[float, int], price: float | None = None) -> str:
-    """The best layouts. steps: CR -> training steps until then. price: USD of a device for an hour."""
+    """Return the table of the best layouts.
+
+    steps: CR -> training steps until it is reached. price: USD for one device and hour.
+    """
     head = ["layout", "GB", "roofline s", "step s"]
     for cr in steps:
         head += [f"h to CR {cr:g}", "device-h"] + ["USD"] * (price is not None)
@@ -46,11 +41,11 @@ def plan_rows(plans: Sequence[Plan], steps: dict[float, int], price: float | Non
             if price is not None:
                 line.append(f"{price * plan.device_hours(count):.0f}")
         lines.append(line)
-    return table(lines)
+    return text_table(lines, "<>")
 
 
 def memory_rows(plans: Sequence[Plan], limit: float) -> str:
-    """One layout with each recompute: GB by category on the fullest stage."""
+    """Return the table of one layout with each kind of recompute: GB by category on the fullest stage."""
     lines = [["GB per rank", *(plan.layout.recompute for plan in plans)]]
     for item in fields(Memory):
         lines.append([item.name, *(f"{getattr(plan.memory, item.name) / 1e9:.2f}" for plan in plans)])
@@ -58,20 +53,20 @@ def memory_rows(plans: Sequence[Plan], limit: float) -> str:
     lines.append(["fullest stage, of", *(f"{plan.stage}, {plan.layout.pp}" for plan in plans)])
     lines.append(["fits", *("yes" if plan.memory.total <= limit else "no" for plan in plans)])
     lines.append(["step s", *(f"{plan.seconds:.2f}" for plan in plans)])
-    return table(lines)
+    return text_table(lines, "<>")
 
 
 def time_rows(plan: Plan) -> str:
-    """The roofline of one step, part by part."""
+    """Return the table of the roofline of one step, part by part."""
     head, values = ["roofline s"], [""]
     for item in fields(StepTime):
         head.append(item.name)
         values.append(f"{getattr(plan.time, item.name):.2f}")
-    return table([head, values])
+    return text_table([head, values], "<>")
 
 
 def fit_rows(fits: Sequence[Fit]) -> str:
-    """W-L-CR; L is the prompt and what is generated."""
+    """Return the table of W-L-CR; L counts the prompt and the generated tokens."""
     lines = [["CR", "W", "L", "limited by", "GB", "ms a step", "GB without DMS"]]
     for fit in fits:
         if not fit.tokens:
@@ -81,11 +76,11 @@ def fit_rows(fits: Sequence[Fit]) -> str:
             [f"{fit.cr:g}", str(fit.chains), str(fit.tokens), fit.limit, f"{fit.memory / 1e9:.1f}",
              f"{1e3 * fit.step_seconds:.2f}", f"{fit.dense_memory / 1e9:.1f}"]
         )  # fmt: skip
-    return table(lines)
+    return text_table(lines, "<>")
 
 
 def training_rows(found: Sequence[TrainingError], assumed: Assumptions) -> str:
-    """Published device-hours."""
+    """Return the table of published device-hours against predictions."""
     lines = [
         [
             "training",
@@ -107,7 +102,7 @@ def training_rows(found: Sequence[TrainingError], assumed: Assumptions) -> str:
     notes = [f"  {row.run.name}: {row.run.source}; {row.plan.layout}" for row in found]
     return "\n".join(
         [
-            table(lines),
+            text_table(lines, "<>"),
             "H100-hours; of peak: the share of bf16 FLOPs that the published time means.",
             f"predicted: roofline x slowdown {assumed.slowdown:g}, one for all; others' fit: the "
             "geometric mean of the other runs alone.",
@@ -118,17 +113,17 @@ def training_rows(found: Sequence[TrainingError], assumed: Assumptions) -> str:
 
 
 def compared_rows(found: Sequence[Compared]) -> str:
-    """Measured, predicted, error."""
+    """Return the table of measured and predicted figures and their errors."""
     lines = [["measurement", "unit", "measured", "predicted", "error"]]
     for row in found:
         lines.append(
             [row.name, row.unit, f"{row.measured:.5g}", f"{row.predicted:.4g}", f"{row.error:+.1f} %"]
         )
-    return table(lines)
+    return text_table(lines, "<>")
 
 
 def plan_json(plan: Plan, steps: dict[float, int], price: float | None = None) -> dict[str, object]:
-    """Bytes and seconds; with a price, USD."""
+    """Return a plan in bytes and seconds, and with a price in USD."""
     cost = {f"{cr:g}": (price or 0) * plan.device_hours(count) for cr, count in steps.items()}
     return {
         "layout": asdict(plan.layout) | {"ranks": plan.layout.ranks},
@@ -143,4 +138,5 @@ def plan_json(plan: Plan, steps: dict[float, int], price: float | None = None) -
 
 
 def compared_json(row: Compared) -> dict[str, object]:
+    """Return a comparison with its error."""
     return asdict(row) | {"error_percent": row.error}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dms.benchmarks import attention as benchmark
-from megatron_dms.benchmarks.attention import AttentionRow, Shape, drawn, measure, of_checkpoint
+from megatron_dms.benchmarks.attention import AttentionResult, Shape, drawn, measure, of_checkpoint
 from tests.support.benchmark_output import rows_of
 from tests.support.dms_by_definition import reference
 from tests.support.exported_models import export_with_tokenizer
@@ -30,7 +30,7 @@ def test_drawn_decisions_have_the_ratio(cr: float) -> None:
         assert not torch.equal(kept[0, 0], kept[0, 1]) and kept[..., T // 2 :].any()
 
 
-def of(rows: list[AttentionRow], attention: str, step: str, cr: float | None) -> AttentionRow:
+def of(rows: list[AttentionResult], attention: str, step: str, cr: float | None) -> AttentionResult:
     (row,) = (x for x in rows if x.attention.startswith(attention) and x.step == step and x.cr == cr)
     return row
 

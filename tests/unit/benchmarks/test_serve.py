@@ -8,8 +8,15 @@ import torch
 
 from megatron_dms.benchmarks import serve as benchmark
 from megatron_dms.benchmarks.measuring import Measured
-from megatron_dms.benchmarks.serve import Serving, account, measure, search
-from megatron_dms.benchmarks.serve_rows import ALLOCATION, LargestRow, StepRow
+from megatron_dms.benchmarks.serve import (
+    ALLOCATION,
+    DecodeResult,
+    LargestResult,
+    Serving,
+    account,
+    measure,
+    search,
+)
 from megatron_dms.benchmarks.synthetic_models import SHAPES, WINDOW, make_models
 from tests.support.tools import run_tool
 
@@ -23,7 +30,7 @@ GOOD = {
 }
 
 
-def measured(**other: object) -> tuple[list[StepRow], list[LargestRow]]:
+def measured(**other: object) -> tuple[list[DecodeResult], list[LargestResult]]:
     return measure(**GOOD | other)
 
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dms.planning import calibration, published
+from megatron_dms.planning import calibration
 from megatron_dms.planning.calibration import Compared, fitted_slowdown, geometric_mean
 from megatron_dms.planning.devices import DEVICES, Assumptions
-from megatron_dms.planning.job import RECIPES, Setting
+from megatron_dms.planning.job import RECIPES, Job
 from megatron_dms.planning.models import preset
 from megatron_dms.planning.search import find_layouts
 from tests.support.tools import ROOT, run_tool
@@ -32,14 +32,14 @@ def test_figures_are_those_of_the_documents() -> None:
     for cells in rows_after(page, "## Decoding"):
         shape, batch, cr = cells[0] or shape, cells[1] or batch, cells[2] or cr
         found.append((shape, int(batch), int(cr), int(cells[3]), *map(float, cells[4:6]), float(cells[-1])))
-    assert found == [tuple(row) for row in published.DECODES]
+    assert found == [tuple(row) for row in calibration.DECODES]
     served = {
         int(cells[0]): tuple(int(part) for part in cells[3].split(","))
         for cells in rows_after(page, "## Serving")
     }
-    assert served == published.SERVED
+    assert served == calibration.SERVED
     first_run = (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")
-    for row in published.DEMO:
+    for row in calibration.DEMO:
         (line,) = re.findall(rf"^{row.name} .*$", first_run, re.MULTILINE)
         assert [float(word) for word in line.split()[-3:]] == list(row[1:])
 
@@ -47,17 +47,14 @@ def test_figures_are_those_of_the_documents() -> None:
 def test_shapes_are_those_of_the_benchmarks() -> None:
     from megatron_dms.benchmarks.synthetic_models import SHAPES, WINDOW
 
-    assert WINDOW == published.DECODE_WINDOW
-    for size in (published.TOY, published.QWEN3_SMALL, calibration._SHAPES["Llama 3.2 1B"]):
-        shape = SHAPES[size.name]
-        assert tuple(shape[1:]) == (
-            *(size.vocab, size.hidden, size.ffn, size.layers, size.heads, size.groups, size.head_size),
-        )
+    assert WINDOW == calibration.DECODE_WINDOW
+    for size in (calibration.TOY, calibration.QWEN3_SMALL, calibration._SHAPES["Llama 3.2 1B"]):
+        assert SHAPES[size.name] == size
 
 
 def test_published_runs_are_those_of_the_authors() -> None:
     """Catches: a run tuned by its batch, its steps or its recipe."""
-    one, large, adapter = published.TRAININGS
+    one, large, adapter = calibration.TRAININGS
     assert (one.device_hours, one.context, one.batch, one.steps) == (10, 4096, 1024, 100)
     assert (large.device_hours, large.context, large.batch, large.steps) == (345, 8192, 1024, 100)
     assert (adapter.device_hours, adapter.context, adapter.batch) == (8 * 4, 32768, 8)
@@ -88,7 +85,7 @@ def test_errors_by_hand() -> None:
     # a toy of 2 layers, 2 KV heads of 16 in fp32: 512 bytes a token, and a quarter of it twice
     found = {row.name: row.predicted for row in calibration.largest_batches()}
     weights = 4 * (131 * 64 + 64 + 2 * (64 * (64 + 64) * 1 + 64 * 64 + 3 * 64 * 96 + 128))
-    assert weights == 4 * published.TOY.parameters()
+    assert weights == 4 * calibration.TOY.parameters()
     assert found["toy, context 4096, dense"] == (1e9 - weights) // (4096 * 512 * 1.25)
     assert found["toy, context 4096, CR 8"] == (1e9 - weights) // ((512 + 32) * 512 * 1.25)
     assert found["toy, context 1024, CR 8"] == (1e9 - weights) // ((257 + 32) * 512 * 1.25)
@@ -136,9 +133,9 @@ def test_the_documents_examples_are_todays() -> None:
         name = cells[0] or name
         title, recipe = name.split(", ")
         model = preset(title.lower().replace(" ", "-"))
-        setting = Setting(model, RECIPES[recipe], model.context, model.batch)
+        job = Job(model, RECIPES[recipe], model.context, model.batch)
         ranks = int(cells[1])
-        best = find_layouts(setting, ranks, DEVICES["h100"], Assumptions()).plans[0]
+        best = find_layouts(job, ranks, DEVICES["h100"], Assumptions()).plans[0]
         assert cells[3:5] == [f"{best.memory.total / 1e9:.0f}", f"{best.seconds:.1f}"], name
         for cell, steps in zip(cells[5:], (300, 700), strict=True):
             assert cell == f"{best.hours(steps):.0f} ({best.device_hours(steps):.0f})", name

@@ -14,7 +14,7 @@ from megatron_dms.mcore import attention
 from megatron_dms.mcore.compression_account import CompressionAccount, ModelShape
 from megatron_dms.mcore.layer_specs import dms_block_spec
 from megatron_dms.mcore.microbatch import Microbatch, Phase
-from megatron_dms.planning.job import RECIPES, RECOMPUTE, Layout, Setting
+from megatron_dms.planning.job import RECIPES, RECOMPUTE, Job, RankLayout
 from megatron_dms.planning.memory import kept_by_layer, layer_tensors, peak_memory, stage_memory
 from megatron_dms.planning.models import ModelSize, preset
 from megatron_dms.training.trainable import freeze_all_but_predictor
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 # hidden 8, MLP 16, 4 query heads and 2 KV heads of 4: q 16, kv 8; 100 words are 128 rows, or 256 at TP 2
 MODEL = ModelSize("small", 4, 8, 16, 4, 2, 4, 100, 64)
-PAPER, ADAPTER = (Setting(MODEL, RECIPES[name], 32, 8) for name in ("paper", "adapter"))
+PAPER, ADAPTER = (Job(MODEL, RECIPES[name], 32, 8) for name in ("paper", "adapter"))
 
 
 def test_a_layer_by_hand() -> None:
@@ -44,27 +44,27 @@ def test_a_layer_by_hand() -> None:
         ((ADAPTER, "selective"), frozen - lse - decisions - out),
         ((ADAPTER, "full"), stream),
     ]:
-        setting, recompute = sizes
-        assert kept_by_layer(setting, Layout(recompute=recompute)) == 32 * expected, sizes
-    divided = Layout(tp=2, micro=3)
+        job, recompute = sizes
+        assert kept_by_layer(job, RankLayout(recompute=recompute)) == 32 * expected, sizes
+    divided = RankLayout(tp=2, micro=3)
     assert kept_by_layer(PAPER, divided) == 3 * 32 * (4 * stream + (whole - 4 * stream) / 2)
     assert kept_by_layer(PAPER, replace(divided, sp=True)) == 3 * 32 * whole / 2
     # the exchange of heads: the kernel's output is not the projection's input; at TP 2 x CP 2, two copies of
     # keys, values and decisions
-    assert kept_by_layer(PAPER, Layout(cp=2)) == 16 * (whole + out)
-    assert kept_by_layer(ADAPTER, Layout(cp=2)) == 16 * frozen
+    assert kept_by_layer(PAPER, RankLayout(cp=2)) == 16 * (whole + out)
+    assert kept_by_layer(ADAPTER, RankLayout(cp=2)) == 16 * frozen
     copied = whole + out + 2 * (8 + 8 + 2) + decisions
     assert kept_by_layer(PAPER, replace(divided, sp=True, cp=2)) == 3 * 16 * copied / 2
     normed = replace(PAPER, model=replace(MODEL, qk_norm=True))
-    assert kept_by_layer(normed, Layout()) == 32 * (whole + 2 * 32 + 2 * 16)
+    assert kept_by_layer(normed, RankLayout()) == 32 * (whole + 2 * 32 + 2 * 16)
     with pytest.raises(ValueError, match="recompute is 'some'"):
-        kept_by_layer(PAPER, Layout(), "some")
+        kept_by_layer(PAPER, RankLayout(), "some")
 
 
 def test_a_rank_by_hand() -> None:
     """Counts TP 2 x PP 2 x DP 2 with two layers a stage. Catches: a category of the wrong stage, in-flight
     microbatches of the wrong number, optimizer state not divided, a teacher where the student is its own."""
-    layout = Layout(tp=2, pp=2, dp=2, sp=True)  # 4 microbatches
+    layout = RankLayout(tp=2, pp=2, dp=2, sp=True)  # 4 microbatches
     layer = 8 * (32 + 16 + 48) // 2 + 16  # matrices over TP, two norms
     first = 2 * layer + 256 * 8 // 2
     last = first + 8
@@ -103,11 +103,11 @@ def test_logits_of_a_fused_output_layer() -> None:
     model = replace(MODEL, positions=2**16)
     for tokens, chunk in [(64, 64), (4096, 128), (65536, 1024)]:
         long = replace(PAPER, model=model, context=tokens, fuse_output_layer=True, logits_bytes=4)
-        found = stage_memory(long, Layout(), 0, 0).logits
+        found = stage_memory(long, RankLayout(), 0, 0).logits
         assert found == 2 * chunk * 128 * 4 + 3 * 2 * tokens * 8 + 6 * 128 * 8
         frozen = replace(long, recipe=RECIPES["adapter"])
-        assert found - stage_memory(frozen, Layout(), 0, 0).logits == 6 * 128 * 8
-    assert stage_memory(replace(PAPER, logits_bytes=4), Layout(), 0, 0).logits == 2 * 32 * 128 * 4
+        assert found - stage_memory(frozen, RankLayout(), 0, 0).logits == 6 * 128 * 8
+    assert stage_memory(replace(PAPER, logits_bytes=4), RankLayout(), 0, 0).logits == 2 * 32 * 128 * 4
 
 
 def test_the_fullest_stage_is_found() -> None:
@@ -115,12 +115,12 @@ def test_the_fullest_stage_is_found() -> None:
     model = preset("qwen-r1-1.5b")
     for recipe in RECIPES.values():
         for fused in (False, True):
-            setting = Setting(model, recipe, 8192, 64, fuse_output_layer=fused)
+            job = Job(model, recipe, 8192, 64, fuse_output_layer=fused)
             for pp in (1, 2, 4, 7, 14):
                 for recompute in RECOMPUTE:
-                    layout = Layout(tp=2, pp=pp, sp=True, recompute=recompute)
-                    every = [stage_memory(setting, layout, stage, 5.0) for stage in range(pp)]
-                    stage, own = peak_memory(setting, layout, 5.0)
+                    layout = RankLayout(tp=2, pp=pp, sp=True, recompute=recompute)
+                    every = [stage_memory(job, layout, stage, 5.0) for stage in range(pp)]
+                    stage, own = peak_memory(job, layout, 5.0)
                     assert own == every[stage] and own.total == max(other.total for other in every)
 
 
@@ -128,14 +128,14 @@ def test_the_fullest_stage_is_found() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_more_of_anything_parallel_needs_no_more_memory(name: str, recipe: str) -> None:
     """Catches: a category that TP, SP, CP or DP makes larger, or recompute."""
-    setting = Setting(preset(name), RECIPES[recipe], 8192, 64)
-    base = Layout(tp=2)
+    job = Job(preset(name), RECIPES[recipe], 8192, 64)
+    base = RankLayout(tp=2)
     for changes in [{"tp": 4}, {"tp": 8}, {"sp": True}, {"cp": 2}, {"dp": 2}, {"recompute": "selective"}]:
         more = replace(base, **changes)
-        before, after = (peak_memory(setting, layout, 0)[1] for layout in (base, more))
+        before, after = (peak_memory(job, layout, 0)[1] for layout in (base, more))
         assert all(getattr(after, key) <= size for key, size in vars(before).items()), changes
         assert after.total < before.total, changes
-    weights = [stage_memory(setting, Layout(pp=pp), 0, 0).weights for pp in (1, 2, 4)]
+    weights = [stage_memory(job, RankLayout(pp=pp), 0, 0).weights for pp in (1, 2, 4)]
     assert weights == sorted(weights, reverse=True)
 
 
@@ -234,8 +234,8 @@ def test_a_layer_keeps_what_is_counted(recipe: str, qk_norm: bool, monkeypatch: 
     )
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: _FusedNorm.apply(x, weight))
     found = (kept(recipe, size) - kept(recipe, replace(size, layers=1))) / 2
-    setting = Setting(size, RECIPES[recipe], size.positions, 1)
-    tensors = layer_tensors(setting, Layout())
+    job = Job(size, RECIPES[recipe], size.positions, 1)
+    tensors = layer_tensors(job, RankLayout())
     in_fp32 = ("core: log-sum-exp", "core: decisions")
     counted = sum(count * (1 if name in in_fp32 else 2) for name, count in tensors.items())
     assert found == pytest.approx(counted, rel=0.008)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dms.planning.devices import DEVICES, Assumptions
-from megatron_dms.planning.job import RECIPES, RECOMPUTE, Layout, Setting, divisors, layouts, refusal
+from megatron_dms.planning.job import RECIPES, RECOMPUTE, Job, RankLayout, divisors, layouts, refusal
 from megatron_dms.planning.memory import stage_memory
 from megatron_dms.planning.models import ModelSize, preset
 from megatron_dms.planning.search import find_layouts, with_recompute
@@ -20,25 +20,25 @@ SMALL = ModelSize("small", 6, 32, 64, 8, 4, 4, 100, 64)
 DEVICE, ASSUMED = DEVICES["h100"], replace(Assumptions(), overhead=0.0)
 
 
-def by_brute_force(setting: Setting, ranks: int) -> list[Layout]:
+def by_brute_force(job: Job, ranks: int) -> list[RankLayout]:
     """Return all layouts of numbers from 1 to `ranks` that satisfy the conditions written out here."""
-    model, found = setting.model, []
+    model, found = job.model, []
     sizes = range(1, ranks + 1)
     for tp, pp, cp, dp in product(sizes, repeat=4):
         if tp * pp * cp * dp != ranks:
             continue
         if model.heads % tp or model.groups % tp or model.ffn % tp or model.layers % pp:
             continue
-        if cp > 1 and setting.context % (2 * cp):
+        if cp > 1 and job.context % (2 * cp):
             continue
         # the query heads that read one KV head, and how many of them a rank has: one divides the other
         if model.heads % (tp * cp) or (model.groups % (tp * cp) and (tp * cp) % model.groups):
             continue
-        for micro, sp, recompute in product(range(1, setting.batch + 1), (False, True), RECOMPUTE):
-            if setting.batch % (dp * micro) or (sp and tp == 1):
+        for micro, sp, recompute in product(range(1, job.batch + 1), (False, True), RECOMPUTE):
+            if job.batch % (dp * micro) or (sp and tp == 1):
                 continue
-            if not sp or setting.context % (tp * cp) == 0:
-                found.append(Layout(tp, pp, cp, dp, sp, micro, recompute))
+            if not sp or job.context % (tp * cp) == 0:
+                found.append(RankLayout(tp, pp, cp, dp, sp, micro, recompute))
     return found
 
 
@@ -46,57 +46,57 @@ def by_brute_force(setting: Setting, ranks: int) -> list[Layout]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_search_is_exhaustive(recipe: str, context: int, batch: int) -> None:
     """Catches: a divisor left out, a layout that cannot run, one tried twice, a best that is not."""
-    setting = Setting(SMALL, RECIPES[recipe], context, batch)
+    job = Job(SMALL, RECIPES[recipe], context, batch)
     for ranks in (1, 4, 6, 12):
-        expected = by_brute_force(setting, ranks)
-        found = list(layouts(setting, ranks))
+        expected = by_brute_force(job, ranks)
+        found = list(layouts(job, ranks))
         assert len(found) == len(set(found)) and set(found) == set(expected)
 
-        def bytes_of(layout: Layout) -> float:
-            return max(stage_memory(setting, layout, stage, 0.0).total for stage in range(layout.pp))
+        def bytes_of(layout: RankLayout) -> float:
+            return max(stage_memory(job, layout, stage, 0.0).total for stage in range(layout.pp))
 
         least = min(map(bytes_of, expected))
         for memory in (2 * least, 1e18):
             device = replace(DEVICE, memory=memory)
-            plans = find_layouts(setting, ranks, device, ASSUMED).plans
+            plans = find_layouts(job, ranks, device, ASSUMED).plans
             fitting = [layout for layout in expected if bytes_of(layout) <= memory]
-            times = [step_time(setting, layout, device, ASSUMED).roofline for layout in fitting]
+            times = [step_time(job, layout, device, ASSUMED).roofline for layout in fitting]
             assert {plan.layout for plan in plans} == set(fitting)
             assert plans[0].time.roofline == min(times)
             assert plans[0].memory.total == bytes_of(plans[0].layout)
             assert [plan.seconds for plan in plans] == sorted(plan.seconds for plan in plans)
-        found = find_layouts(setting, ranks, replace(DEVICE, memory=1.0), ASSUMED)
+        found = find_layouts(job, ranks, replace(DEVICE, memory=1.0), ASSUMED)
         assert not found.plans and found.tried == len(expected) and found.least.memory.total == least
 
 
 def test_parts_of_a_layout_can_be_given() -> None:
-    setting = Setting(preset("llama-3.1-8b"), RECIPES["paper"], 8192, 64)
-    found = find_layouts(setting, 16, DEVICE, ASSUMED, fixed={"tp": 2, "recompute": "full", "sp": False})
+    job = Job(preset("llama-3.1-8b"), RECIPES["paper"], 8192, 64)
+    found = find_layouts(job, 16, DEVICE, ASSUMED, fixed={"tp": 2, "recompute": "full", "sp": False})
     assert found.plans and all(
         (plan.layout.tp, plan.layout.recompute, plan.layout.sp) == (2, "full", False) for plan in found.plans
     )
-    each = with_recompute(setting, found.plans[0], DEVICE, ASSUMED)
+    each = with_recompute(job, found.plans[0], DEVICE, ASSUMED)
     assert [plan.layout.recompute for plan in each] == list(RECOMPUTE)
     assert each[2].memory == found.plans[0].memory
     with pytest.raises(ValueError, match="no layout of 16 ranks, tp 3 divides llama-3.1-8b"):
-        find_layouts(setting, 16, DEVICE, ASSUMED, fixed={"tp": 3})
+        find_layouts(job, 16, DEVICE, ASSUMED, fixed={"tp": 3})
 
 
 def test_refusals() -> None:
     """Each refusal names its numbers. Catches: a layout that Megatron would refuse."""
-    setting = Setting(SMALL, RECIPES["paper"], 18, 12)
+    job = Job(SMALL, RECIPES["paper"], 18, 12)
     for layout, message in [
-        (Layout(tp=3), "8 query heads are not divisible by 3"),
-        (Layout(tp=8), "4 KV heads are not divisible by 8"),
-        (Layout(pp=4), "6 layers are not divisible by 4"),
-        (Layout(dp=2, micro=4), "12 samples of the batch are not divisible by 8"),
-        (Layout(cp=2), "18 tokens of context are not divisible by 4"),
-        (Layout(cp=3), "8 query and 4 KV heads of a TP rank cannot be shared out among CP 3"),
-        (Layout(sp=True), "sequence parallelism needs TP above 1"),
-        (Layout(tp=4, sp=True, micro=2), "18 tokens of context on each rank are not divisible by TP 4"),
+        (RankLayout(tp=3), "8 query heads are not divisible by 3"),
+        (RankLayout(tp=8), "4 KV heads are not divisible by 8"),
+        (RankLayout(pp=4), "6 layers are not divisible by 4"),
+        (RankLayout(dp=2, micro=4), "12 samples of the batch are not divisible by 8"),
+        (RankLayout(cp=2), "18 tokens of context are not divisible by 4"),
+        (RankLayout(cp=3), "8 query and 4 KV heads of a TP rank cannot be shared out among CP 3"),
+        (RankLayout(sp=True), "sequence parallelism needs TP above 1"),
+        (RankLayout(tp=4, sp=True, micro=2), "18 tokens of context on each rank are not divisible by TP 4"),
     ]:
-        assert refusal(setting, layout) == message
-    assert refusal(setting, Layout(tp=2, pp=3, dp=2, sp=True, micro=3)) is None
+        assert refusal(job, layout) == message
+    assert refusal(job, RankLayout(tp=2, pp=3, dp=2, sp=True, micro=3)) is None
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36] and divisors(1) == [1]
 
 
@@ -183,7 +183,7 @@ def test_serve() -> None:
         ("train --model qwen3-8b --cr 0.5", "0.5 is below 1"),
         ("train --model qwen3-8b --zeroing-steps -1", "-1"),
         ("train --model qwen3-8b --matmul-efficiency 1.5", "1.5 is above 1"),
-        ("train --model qwen3-8b --slowdown nan", "nan is no number from 0 on"),
+        ("train --model qwen3-8b --slowdown nan", "nan is no number above 0"),
         ("train --model qwen3-8b --memory 0", "0 is no number above 0"),
         ("serve --model qwen3-8b", "the following arguments are required: --milliseconds"),
         ("serve --model qwen3-8b --milliseconds 5 --tp 16", "--tp is 16, expected a divisor of 32 query"),
