@@ -15,31 +15,32 @@ class Option(NamedTuple):
     name: str
     kind: Callable[[str], Any]
     cpu: Any
-    """Default without a GPU; a list: the option takes several."""
+    """Default without a GPU; if it is a list, the option takes several values."""
     cuda: Any
+    """Default with a GPU."""
     help: str
 
 
-REPEATS = Option("repeats", int, 5, 20, "rounds, in which the candidates take turns")
+REPEATS = Option("repeats", int, 5, 20, "rounds in which the candidates take turns")
 DTYPE = Option("dtype", str, "float32", "bfloat16", "float32, bfloat16 or (attention) float16")
-WINDOW = Option("window", int, 64, 512, "in tokens")
+WINDOW = Option("window", int, 64, 512, "window of DMS in tokens")
 SHAPE = [
     Option("batch", int, 1, 1, "samples"),
     Option("heads", int, 8, 32, "query heads"),
     Option("groups", int, 2, 8, "KV heads"),
     Option("head-size", int, 64, 128, "channels of a head"),
     WINDOW,
-    Option("cr", float, [1.0, 4.0], [1.0, 4.0, 8.0], "compression ratios that decisions are drawn at"),
+    Option("cr", float, [1.0, 4.0], [1.0, 4.0, 8.0], "compression ratios at which decisions are drawn"),
 ]
 ATTENTION = [
     *SHAPE,
-    Option("contexts", int, [512], [4096, 8192, 32768], "in tokens"),
+    Option("contexts", int, [512], [4096, 8192, 32768], "context lengths in tokens"),
     Option(
         "backends",
         str,
         ["dense", "flash", "flex"],
         ["dense", "flash", "flex", "triton"],
-        "of DMS attention; without a GPU flex has no backward, and triton needs TRITON_INTERPRET=1",
+        "back-ends of DMS attention; without a GPU, flex has no backward and triton needs TRITON_INTERPRET=1",
     ),
     DTYPE,
     REPEATS,
@@ -47,55 +48,58 @@ ATTENTION = [
 LOSS = [
     Option("tokens", int, 256, 8192, "rows of logits"),
     Option("columns", int, 151936, 151936, "size of the vocabulary"),
-    Option("hidden", int, 64, 4096, "hidden size, for the losses with output projection"),
-    Option("steps", int, 0, 200, "also run each loss so often and report what has grown; 0: do not"),
+    Option("hidden", int, 64, 4096, "hidden size for the losses with output projection"),
+    Option("steps", int, 0, 200, "also run each loss this often and report growth of memory; 0: do not"),
     DTYPE,
     REPEATS,
 ]
 STEP = [
     Option("model", str, "tiny", "llama-3.2-1b", "tiny or llama-3.2-1b"),
-    Option("contexts", int, [512], [4096], "in tokens"),
+    Option("contexts", int, [512], [4096], "context lengths in tokens"),
     Option("batch", int, 1, 1, "samples of a step"),
     Option("cr", float, 8.0, 8.0, "compression ratio of the decisions"),
     WINDOW,
-    Option("backends", str, ["dense", "flash"], ["triton", "flash", "flex"], "of DMS attention"),
+    Option("backends", str, ["dense", "flash"], ["triton", "flash", "flex"], "back-ends of DMS attention"),
     DTYPE,
     REPEATS,
 ]
 SERVE = [
     Option("shape", str, "tiny", "llama-3.2-1b", "llama-3.2-1b, qwen3-0.6b or tiny"),
-    Option("contexts", int, [1024, 4096], [4096, 8192, 16384, 32768, 65536], "in tokens"),
-    Option("batches", int, [1, 4], [1, 8, 32], "sequences of a step, for latency and for bytes per sequence"),
+    Option("contexts", int, [1024, 4096], [4096, 8192, 16384, 32768, 65536], "context lengths in tokens"),
+    Option("batches", int, [1, 4], [1, 8, 32], "sequences of a step, for latency and bytes of a sequence"),
     Option("cr", float, [8.0], [4.0, 8.0], "compression ratios of the DMS caches"),
-    Option("max-batch", int, 16, None, "throughput is measured at no more sequences"),
+    Option("max-batch", int, 16, None, "the most sequences at which throughput is measured"),
     DTYPE,
     REPEATS,
 ]
 
 
 def make_parser(parser: Parser) -> Parser:
-    """Of all commands; a default that depends on the device is None until it is known."""
+    """Give the tool's parser the options of all commands.
+
+    A default that depends on the device is None until the device is known.
+    """
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    text = "a synthetic Llama checkpoint through cp, import and export; needs 3 times its size on the disk"
+    text = "cp, import and export of a synthetic Llama checkpoint; needs 3 times its size on the disk"
     convert = commands.add_parser("convert", help=text, description=text)
     convert.add_argument(
         "--gigabytes",
         type=float,
         default=4.0,
         metavar="N",
-        help="least size of the checkpoint in 10^9 bytes (default: 4; one layer of 8B's shapes has 2.5)",
+        help="least size of the checkpoint in 10^9 bytes (default: 4; one layer: 2.5)",
     )
     convert.add_argument(
         "--folder",
         type=Path,
         default=Path(tempfile.gettempdir()),
         metavar="DIR",
-        help="existing folder on the disk to measure; cleaned up (default: %(default)s)",
+        help="existing folder on the disk to measure; nothing is left there (default: %(default)s)",
     )
     convert.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="rounds, of which the median counts (default: 3)"
+        "--repeats", type=int, default=3, metavar="N", help="rounds, whose median counts (default: 3)"
     )
-    text = "decode with the paged DMS cache against DynamicCache: random weights, decisions forced to a ratio"
+    text = "decode with the paged DMS cache and DynamicCache: random weights, decisions forced to a ratio"
     decode = commands.add_parser("decode", help=text, description=text)
     decode.add_argument(
         "--shape", default="qwen3-0.6b", help="llama-3.2-1b, qwen3-0.6b or tiny (default: %(default)s)"
@@ -106,7 +110,7 @@ def make_parser(parser: Parser) -> Parser:
         nargs="+",
         default=[4096, 32768],
         metavar="N",
-        help="in tokens (default: 4096 32768)",
+        help="context lengths in tokens (default: 4096 32768)",
     )
     decode.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
     decode.add_argument("--cr", type=float, default=8.0, metavar="X", help="compression ratio (default: 8)")
@@ -115,7 +119,7 @@ def make_parser(parser: Parser) -> Parser:
         type=int,
         default=9,
         metavar="N",
-        help="tokens, of whose times the median counts (default: 9)",
+        help="tokens to decode; the median of their times counts (default: 9)",
     )
     decode.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)"
@@ -127,27 +131,31 @@ def make_parser(parser: Parser) -> Parser:
         "--memory",
         type=float,
         metavar="GB",
-        help="10^9 bytes for weights, caches and a step (default: what is free on the GPU; else needed)",
+        help="10^9 bytes for weights, caches and a step (default: free memory of the GPU; needed without one)",
     )
-    serve.add_argument("--figure", type=Path, metavar="FILE", help="also draw both, as PNG, PDF or SVG")
-    text = "DMS attention forward, and forward and backward, by back-end, context and compression ratio"
+    serve.add_argument("--figure", type=Path, metavar="FILE", help="also draw both as PNG, PDF or SVG")
+    text = "DMS attention by back-end, context and compression ratio: forward, and forward + backward"
     attention = commands.add_parser("attention", help=text, description=text)
     _add(attention, ATTENTION)
     attention.add_argument(
         "--decisions",
         type=Path,
         metavar="DIR",
-        help="an exported DMS checkpoint, whose decisions over --text are used in place of drawn ones, with "
-        "its heads and window; times are means over its layers (runs the code of that folder)",
+        help="exported DMS checkpoint whose decisions over --text replace drawn ones; heads and window are "
+        "those of the checkpoint, times are means over its layers (runs the code of that folder)",
     )
-    attention.add_argument("--text", type=Path, metavar="FILE", help="UTF-8, as long as the longest context")
+    attention.add_argument(
+        "--text", type=Path, metavar="FILE", help="UTF-8 text at least as long as the longest context"
+    )
     text = "KL(teacher || student) with gradient, from logits and with the output projection"
     _add(commands.add_parser("loss", help=text, description=text), LOSS)
-    text = "teacher, student, losses, backward and optimizer in one process"
+    text = "a training step in one process: teacher, student, losses, backward and optimizer"
     step = commands.add_parser("step", help=text, description=text)
     _add(step, STEP)
     step.add_argument(
-        "--fuse-output-layer", action="store_true", help="in all rows; as --dms-fuse-output-layer in training"
+        "--fuse-output-layer",
+        action="store_true",
+        help="fuse the output layer in all rows, as --dms-fuse-output-layer does in training",
     )
     return parser
 

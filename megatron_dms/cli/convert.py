@@ -5,7 +5,7 @@
     megatron-dms convert verify --hf DIR --megatron DIR     tensors bit for bit, logits within 1e-4
 
 The last line on stdout is JSON. Bad input: one line `error: ...` on stderr, exit status 2; interrupted: 130.
-verify: 1 if they differ.
+verify: 1 if the two differ.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _SECONDS_BETWEEN_LINES = 2.0
 
 
 class _Progress:
-    """A line on stderr now and then; none for a conversion that is over at once."""
+    """Prints a line on stderr every few seconds, and none for a short conversion."""
 
     def __init__(self) -> None:
         self.begin = self.last = time.monotonic()
@@ -62,26 +62,26 @@ def _parser(program: str) -> Parser:
             command.add_argument(
                 "--force",
                 action="store_true",
-                help="replace the output if it exists, after success (default: refuse)",
+                help="replace an existing output once the conversion succeeds (default: refuse)",
             )
         if name != "import":
             command.add_argument(
                 "--iteration",
                 type=int,
                 metavar="N",
-                help="checkpoint to read (default: the latest one finished)",
+                help="iteration of the checkpoint (default: the latest complete one)",
             )
         if name == "export":
             command.add_argument(
                 "--hf-source",
                 type=Path,
                 metavar="DIR",
-                help="config.json, tokenizer ... (default: hf/ of --megatron)",
+                help="folder with config.json, tokenizer and so on (default: hf/ in --megatron)",
             )
             command.add_argument(
                 "--dms-format",
                 choices=FORMATS,
-                help="how a DMS model is written down (default: as it was imported, else megatron_dms)",
+                help="format of an exported DMS model (default: that of the import, otherwise megatron_dms)",
             )
         if name == "verify":
             command.add_argument(
@@ -89,20 +89,20 @@ def _parser(program: str) -> Parser:
                 type=int,
                 default=64,
                 metavar="N",
-                help="length of the prompts; for a DMS model, beyond its window (default: 64)",
+                help="length of the prompts, which exceeds the window of a DMS model (default: 64)",
             )
             command.add_argument(
                 "--layouts",
                 nargs="+",
                 choices=LAYOUT_SIZES,
                 default=list(LAYOUT_SIZES),
-                help="layouts of ranks at which Megatron's model runs (default: all)",
+                help="layouts of ranks in which Megatron's model runs (default: all)",
             )
             command.add_argument(
                 "--card",
                 type=Path,
                 metavar="FILE.json",
-                help=f"parity card to write, its table beside it as .md (default: {CARD} in --megatron)",
+                help=f"parity card to write, with its table as .md beside it (default: {CARD} in --megatron)",
             )
     return parser
 

@@ -16,24 +16,36 @@ PROGRAM = "megatron-dms preflight"
 
 def _parser(program: str) -> Parser:
     parser = tool_parser(__doc__, PROGRAM, program)
-    parser.add_argument("--hosts", required=True, metavar="A,B,...", help="all nodes, by rank")
+    parser.add_argument("--hosts", required=True, metavar="A,B,...", help="all nodes in order of rank")
     parser.add_argument(
-        "--node-rank", type=int, default=0, metavar="R", help="this node, from 0 (default: 0)"
+        "--node-rank", type=int, default=0, metavar="R", help="rank of this node, from 0 (default: 0)"
     )
     parser.add_argument(
-        "--gpus-per-node", type=int, required=True, metavar="G", help="processes per node, one per GPU"
+        "--gpus-per-node",
+        type=int,
+        required=True,
+        metavar="G",
+        help="processes on each node, one for each GPU",
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--port", type=int, default=29400, metavar="P", help="default: 29400")
     parser.add_argument(
-        "--min-free-gb", type=float, default=100, metavar="GB", help="free disk at --save (default: 100 GB)"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device of the run (default: cuda)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=29400, metavar="P", help="port of the first host (default: 29400)"
+    )
+    parser.add_argument(
+        "--min-free-gb",
+        type=float,
+        default=100,
+        metavar="GB",
+        help="free disk space needed at --save (default: 100 GB)",
     )
     parser.add_argument(
         "--timeout",
         type=float,
         default=120,
         metavar="S",
-        help="seconds for the nodes to meet, and again for the all-reduce (default: 120)",
+        help="seconds until the nodes must have met, and for the all-reduce (default: 120)",
     )
     parser.add_argument("training", nargs="*", metavar="-- FLAGS", help="flags of pretrain_dms.py")
     return parser

@@ -1,12 +1,13 @@
-"""Kill a training run again and again, resume it, and compare with one that was left alone, bit for bit.
+"""Kill a training run repeatedly, resume it, and compare it bit for bit with an uninterrupted run.
 
     megatron-dms verify-resume --out scratch/resume --steps 20 --save-interval 5 --kills 3 -- \\
         torchrun --nproc-per-node 8 pretrain_dms.py FLAGS OF YOUR RUN
 
-On one machine, Linux. The command's --save, --load, --train-iters, --save-interval and --tensorboard-dir are
-replaced; its folders are not touched. The run must compute the same twice: on CPU it does, on GPUs add
---deterministic-mode and what Megatron asks for with it. The last line is JSON. Exit status: 0 equal in every
-bit, 1 not, or a run that did not resume from its newest checkpoint, 2 bad input.
+The check runs on one Linux machine. It replaces --save, --load, --train-iters, --save-interval and
+--tensorboard-dir of the command, and leaves the command's folders alone. The run must compute the same
+twice. On CPU it does; on GPUs add --deterministic-mode and what Megatron asks for with it. The last line is
+JSON. Exit status: 0 equal in every bit; 1 not equal, or a run did not resume from its newest checkpoint; 2
+bad input.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from megatron_dms.command_line import Parser, require_positive, say, split_at_dashes, tool_parser
 
 PROGRAM = "megatron-dms verify-resume"
-_SHOWN = 5  # names of tensors that differ
+_SHOWN = 5  # how many names of differing tensors are shown
 
 
 def _parser(program: str) -> Parser:
@@ -26,20 +27,28 @@ def _parser(program: str) -> Parser:
         "--out", type=Path, required=True, metavar="DIR", help="a new folder for both runs and their logs"
     )
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="training steps of each run")
-    parser.add_argument("--save-interval", type=int, required=True, metavar="N", help="in steps")
-    parser.add_argument("--kills", type=int, default=3, metavar="N", help="default: 3")
+    parser.add_argument(
+        "--save-interval", type=int, required=True, metavar="N", help="steps between checkpoints"
+    )
+    parser.add_argument("--kills", type=int, default=3, metavar="N", help="number of kills (default: 3)")
     parser.add_argument(
         "--while-saving",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="of the kills, those that wait until the run saves; the others come at any time (default: 0.5)",
+        help="share of kills that wait until the run saves; the others come at any time (default: 0.5)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of moments and ranks (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed that draws moments and ranks of kills (default: 0)",
+    )
     parser.add_argument(
         "--timeout", type=float, default=3600, metavar="S", help="seconds for one start (default: 3600)"
     )
-    parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="of the run")
+    parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="command of the run")
     return parser
 
 
