@@ -131,7 +131,7 @@ def make_parser(parser: Parser) -> Parser:
         "--memory",
         type=float,
         metavar="GB",
-        help="10^9 bytes for weights, caches and a step (default: free memory of the GPU; needed without one)",
+        help="10^9 bytes for weights, caches and a step (default: the GPU's free memory; else required)",
     )
     serve.add_argument("--figure", type=Path, metavar="FILE", help="also draw both as PNG, PDF or SVG")
     text = "DMS attention by back-end, context and compression ratio: forward, and forward + backward"

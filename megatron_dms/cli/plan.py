@@ -1,7 +1,7 @@
-"""Plan a retrofit, or what to serve, before anything runs. Arithmetic only: no GPU, no torch.
+"""Plan a retrofit, or what to serve, before anything runs. This is arithmetic; it needs no GPU and no torch.
 
     megatron-dms plan train --model qwen-r1-32b --ranks 1024     memory per rank, time, the best layout
-    megatron-dms plan serve --model qwen3-8b --milliseconds 20   which W-L-CR fit
+    megatron-dms plan serve --model qwen3-8b --milliseconds 20   the W-L-CR that fit
     megatron-dms plan check                                      predictions against measurements, with errors
 
 Every answer prints the numbers it used. docs/planning.md says what is not modelled, and how far off it is.

@@ -1,9 +1,10 @@
-"""Check every node before a job burns hours: run once per node, by launch/torchrun.sh.
+"""Check every node before a job burns hours. launch/torchrun.sh runs this once on each node.
 
     megatron-dms preflight --hosts a,b --node-rank 0 --gpus-per-node 8 -- FLAGS OF pretrain_dms.py
 
-All nodes meet at --port of the first host. That one prints a line per failed check (on stderr), one table of
-nodes and checks, and a JSON line. Exit status: 0 all checks passed on all nodes, 1 one did not, 2 bad input.
+All nodes meet at --port of the first host. The first host prints a line for each failed check (on stderr), a
+table of nodes and checks, and a line of JSON. Exit status: 0 all checks passed on all nodes, 1 one failed,
+2 bad input.
 """
 
 import os
@@ -52,7 +53,7 @@ def _parser(program: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
-    """Run this node's part; the return value is the exit status."""
+    """Run the part of this node; the return value is the exit status."""
     own, training = split_at_dashes(argv)
     parser = _parser(program)
     options = parser.parse_args(own)
