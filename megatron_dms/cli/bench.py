@@ -204,7 +204,8 @@ MEMORY: Columns = {
 
 def _table(rows: Sequence[Any], columns: Columns) -> str:
     cells = [[str(cell(row)) for cell in columns.values()] for row in rows]
-    return text_table([list(columns), *cells], ">" * (len(columns) - 1) + "<")
+    last = "<" if list(columns)[-1] == "" else ">"  # a column without a heading has notes
+    return text_table([list(columns), *cells], ">" * (len(columns) - 1) + last)
 
 
 def _print(results: Sequence["Result"], columns: Columns) -> None:
