@@ -4,6 +4,7 @@ A tolerance is relative to the largest number of the reference tensor. If that n
 terms cancel, the tolerance is relative to a tenth of the largest number of all reference tensors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +120,9 @@ def make_inputs(
     return *made, log_keep.to(device).requires_grad_(), grad.to(device, case.dtype)
 
 
-def results(attend, case: Case, *inputs: Tensor, **options: object) -> dict[str, Tensor]:
+def results(
+    attend: Callable[..., Tensor], case: Case, *inputs: Tensor, **options: object
+) -> dict[str, Tensor]:
     """Return the output and the gradients of one back-end."""
     *parts, grad = inputs
     out = attend(*parts, case.window, **options)

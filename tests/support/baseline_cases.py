@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 2, 6, 2, 8, 61
 GROUP = QUERY_HEADS // KV_HEADS
 
 
-def save_plain(folder: Path, family: str = "qwen3", seed: int = 0, **changes) -> Path:
+def save_plain(folder: Path, family: str = "qwen3", seed: int = 0, **changes: object) -> Path:
     """Save a random checkpoint whose attention is far from uniform and whose norms are not 1."""
     sizes = {
         "vocab_size": VOCAB,
@@ -63,8 +63,10 @@ def left_padded(*prompts: Tensor) -> dict[str, Tensor]:
 
 
 class Reference(NamedTuple):
+    """What the methods give for one sequence."""
+
     logits: Tensor
-    """[T, vocab] fp64; a query of the prompt sees all before it."""
+    """[T, vocab] fp64; a query of the prompt sees every pair before it."""
     reads: Tensor
     """[layers, KV heads, T]: pairs (and summaries) that each query reads."""
     margin: float
@@ -77,7 +79,9 @@ def budget(tokens: int, cr: float) -> int:
 
 
 @torch.no_grad()
-def reference(model, ids_T: Tensor, prompt: int, new: int, method: str, cr: float) -> Reference:
+def reference(
+    model: PreTrainedModel, ids_T: Tensor, prompt: int, new: int, method: str, cr: float
+) -> Reference:
     """Run one sequence whose first `prompt` tokens are the prompt; `new` tokens may follow them."""
     config, weights = model.config, {name: w.double() for name, w in model.state_dict().items()}
     T, half, k = len(ids_T), HEAD_SIZE // 2, budget(prompt + new, cr)
@@ -117,7 +121,9 @@ def reference(model, ids_T: Tensor, prompt: int, new: int, method: str, cr: floa
     return Reference(linear(norm(x, "model.norm"), "lm_head"), reads, margin)
 
 
-def attend(q, key, value, prompt, k, method, cr, reads) -> tuple[Tensor, float]:
+def attend(
+    q: Tensor, key: Tensor, value: Tensor, prompt: int, k: int, method: str, cr: float, reads: Tensor
+) -> tuple[Tensor, float]:
     """Attend with one query after the other, and fill reads [G, T].
 
     q is [H, T, D]; key and value are [G, T, D].
