@@ -1,10 +1,16 @@
-"""Settings of every process that runs tests: torch and transformers read them once, when imported."""
+"""Settings of every process that runs tests, and the fork server.
+
+torch and transformers read the settings once, when they are imported.
+"""
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
+
+from tests.support.forking import ForkServer
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
 
@@ -20,3 +26,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 _MODULES = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Start a process with Megatron and transformers imported, which forks others; for CPUs only."""
+    with ForkServer() as server:
+        yield server

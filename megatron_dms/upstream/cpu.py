@@ -130,7 +130,8 @@ def cuda_answers() -> dict[str, Any]:
     """What takes the place of each name of torch.cuda that Megatron uses."""
     answers: dict[str, Any] = {
         "is_available": _returns(True),
-        "device_count": _returns(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),  # one "device" per process
+        # One "device" per process; read at each call, as a forked process may get the variable later.
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": _returns(_CPU),
         "Stream": _InstantStream,
         "Event": _InstantStream,

@@ -1,13 +1,16 @@
 """One base checkpoint, one data set, and one run on a single process, for all comparisons."""
 
 import pytest
+import torch
 
 from tests.support.retrofit import Workspace, make_base, make_data
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("retrofit"))
+def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A folder whose ranks are forked; on a machine with a GPU torchrun starts them."""
+    server = None if torch.cuda.is_available() else request.getfixturevalue("fork_server")
+    workspace = Workspace(tmp_path_factory.mktemp("retrofit"), server)
     make_base(workspace)
     make_data(workspace)
     return workspace

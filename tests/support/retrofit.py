@@ -1,7 +1,6 @@
-"""Running the real entry script in gloo processes on a tiny random model, and reading what it logged."""
+"""Running the entry script in gloo processes on a tiny random model, and reading what it logged."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -12,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.forking import ROOT, ForkServer
+from tests.support.forking import one_thread as environment
+
+SCRIPT = ROOT / "pretrain_dms.py"
 VOCAB, SEQUENCE, WINDOW = 131, 50, 7  # odd on purpose; 131 is padded differently at TP 1 and TP 2
 STEPS = 6
-TIMEOUT = 240  # seconds for one run; a run takes about 20 on an idle machine
+TIMEOUT = 240  # seconds for one run; through torchrun a run takes about 20 on an idle machine
 
 # With these, decisions are a true mixture and noise decides many of them: a test that noise or a decision
 # went wrong must be able to fail. Eviction starts at once and the target is above it, so the clamp is active.
@@ -30,9 +32,13 @@ FLAGS = (
 
 @dataclass
 class Workspace:
-    """A base checkpoint and data in a temporary folder, and the runs made from them."""
+    """A base checkpoint and data in a temporary folder, and the runs made from them.
+
+    server: forks the ranks of `run`; None means that torchrun starts them.
+    """
 
     folder: Path
+    server: ForkServer | None = None
     hf: Path = field(init=False)
     base: Path = field(init=False)
     other_teacher: Path = field(init=False)
@@ -44,10 +50,14 @@ class Workspace:
         self.data = self.folder / "data"
 
     def command(self, processes: int, *flags: str) -> list[str]:
-        """The command line of one run."""
+        """The command line of one run through torchrun."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        return [*launcher, "--master-port", str(free_port()), str(SCRIPT), *self.arguments(*flags)]
+
+    def arguments(self, *flags: str) -> list[str]:
+        """The arguments of the entry script for one run."""
         return [
-            *(*launcher, "--master-port", str(free_port()), str(ROOT / "pretrain_dms.py"), *FLAGS),
+            *FLAGS,
             *("--train-data-path", str(self.data)),
             *_defaults("--pretrained-checkpoint", str(self.base), flags),
             *_defaults("--dms-teacher", str(self.base), flags),
@@ -57,23 +67,27 @@ class Workspace:
         ]
 
     def run(self, name: str, processes: int, *flags: str) -> dict[str, list[float]]:
-        """Run to the end; -> the curve of every logged scalar, by its name."""
+        """Run to the end -> the curve of every logged scalar, by its name.
+
+        Raises RuntimeError with the end of the log when a rank fails.
+        """
         log = self.folder / f"{name}.log"
         board = self.folder / "boards" / name
         shutil.rmtree(board, ignore_errors=True)
-        command = self.command(processes, *flags, "--tensorboard-dir", str(board))
-        with log.open("w") as out:
-            code = subprocess.run(
-                command, stdout=out, stderr=subprocess.STDOUT, env=environment(), timeout=TIMEOUT
-            ).returncode
-        if code:
-            raise RuntimeError(f"{' '.join(command)}\nexit code {code}\n{log.read_text()[-6000:]}")
+        flags = (*flags, "--tensorboard-dir", str(board))
+        if self.server is None:
+            command = self.command(processes, *flags)
+            with log.open("w") as out:
+                done = subprocess.run(
+                    command, stdout=out, stderr=subprocess.STDOUT, env=environment(), timeout=TIMEOUT
+                )
+        else:
+            words = self.arguments(*flags)
+            done = self.server.torchrun(SCRIPT, words, processes, log=log, timeout=TIMEOUT)
+        if done.returncode:
+            command = " ".join(map(str, done.args))
+            raise RuntimeError(f"{command}\nexit code {done.returncode}\n{log.read_text()[-6000:]}")
         return read_curves(board)
-
-
-def environment() -> dict[str, str]:
-    """One thread per process: sums are then made in one order, and two cores are not fought over."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
 
 
 def _defaults(flag: str, value: str, given: tuple[str, ...]) -> list[str]:
