@@ -5,9 +5,13 @@ compressed layer, gradient norm, to 1e-5 relative. The sixth step's numbers depe
 weights, so gradients are compared in effect entry by entry.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import pytest
 
 from tests.support.comparison import TOLERANCE, assert_same_curves
+from tests.support.forking import ForkServer
 from tests.support.retrofit import STEPS, Workspace
 
 Curves = dict[str, list[float]]
@@ -76,6 +80,7 @@ VARIANT_LAYOUTS = {  # four processes each
     "merging": (*TP, *CP),
 }
 
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 VALIDATION = ("--eval-iters", "2", "--eval-interval", str(STEPS))
 VALIDATION_SCALARS = ("KL", "compression loss", "achieved CR (hard)", "LM loss")
 
@@ -87,6 +92,13 @@ def test_layout_equals_one_process(name: str, workspace: Workspace, reference: C
     are summed over the wrong ranks."""
     assert max(reference["compression loss"]) > 0, "the clamp must be active, or it is not tested"
     assert_same_curves(workspace.run(name, *LAYOUTS[name]), reference, range(STEPS), TOLERANCE)
+
+
+def test_torchrun_starts_the_run_that_is_forked_elsewhere(workspace: Workspace) -> None:
+    """Every logged scalar, bit for bit. Catches forked ranks that train another run than torchrun's."""
+    forked = workspace.run("forked", *LAYOUTS["tp2"])
+    assert replace(workspace, server=None).run("torchrun", *LAYOUTS["tp2"]) == forked
+    assert len(forked) > 20
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +130,27 @@ def test_recompute_changes_nothing(name: str, workspace: Workspace, reference: C
     assert_same_curves(workspace.run(name, *RECOMPUTE[name]), reference, range(STEPS), 0.0)
 
 
+@pytest.fixture(scope="module")
+def interpreting(workspace: Workspace) -> Iterator[Workspace]:
+    """A workspace whose ranks interpret Triton's kernels: Triton reads the setting when it is imported."""
+    if workspace.server is None:
+        yield workspace
+        return
+    with ForkServer(INTERPRETED) as server:
+        yield replace(workspace, server=server)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_backend_equals_dense(
-    name: str, workspace: Workspace, reference: Curves, monkeypatch: pytest.MonkeyPatch
+    name: str, interpreting: Workspace, reference: Curves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In other layouts at that, Triton in its interpreter. Catches a back-end that is not the one named, a
-    layout of memory that it misreads, and gradients that recomputation loses."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    curves = workspace.run(f"backend_{name}", *BACKENDS[name], "--dms-attention-backend", name)
+    """The layouts differ too. Catches a back-end that is not the one named, a layout of memory that it
+    misreads, and gradients that recomputation loses."""
+    for variable, value in INTERPRETED.items():
+        monkeypatch.setenv(variable, value)
+    curves = interpreting.run(f"backend_{name}", *BACKENDS[name], "--dms-attention-backend", name)
     assert_same_curves(curves, reference, range(STEPS), TOLERANCE)
-    log = (workspace.folder / f"backend_{name}.log").read_text()
+    log = (interpreting.folder / f"backend_{name}.log").read_text()
     assert f"DMS attention in training: {name}" in log
 
 

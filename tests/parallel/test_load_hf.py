@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_dms.conversion import export_hf, import_hf
 from megatron_dms.errors import StartupError
 from tests.support.comparison import TOLERANCE, assert_same_curves, cross_entropy
+from tests.support.forking import ForkServer
 from tests.support.retrofit import STEPS, VOCAB, WINDOW, Workspace, save_qwen3
 
 TP, PP = ("--tensor-model-parallel-size", "2"), ("--pipeline-model-parallel-size", "2")
@@ -142,14 +143,15 @@ def compare(models: list, vocab: int, where: str) -> None:
         assert not parameter[rows:].any(), f"{where}: padding of {name}"
 
 
-def test_every_rank_reads_its_own_slices_and_no_others(tmp_path: Path) -> None:
+def test_every_rank_reads_its_own_slices_and_no_others(tmp_path: Path, fork_server: ForkServer) -> None:
     """Two processes; odd vocabulary of 131 rows, padded to 132. Catches: heads of another rank, gate for up,
     a layer of another (virtual) stage, padding left as it was, the tied output layer of the last stage, whole
     tensors read for a slice."""
     for name, make in SOURCES.items():
         make(tmp_path / name)
         import_hf(tmp_path / name, tmp_path / f"{name}_megatron")
-    torch.multiprocessing.spawn(load_both_ways, (tmp_path, 2), nprocs=2)
+    done = fork_server.spawn(load_both_ways, (tmp_path, 2), 2)
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A process that imports Megatron once and forks the processes of the tests.
 
-    python -u -m tests.support.fork_server
+    python -u -m tests.support.fork_server MODULE...
 
 Importing Megatron takes each process 10 to 20 CPU seconds; a forked process has it from the start. A test
 uses the server through tests/support/forking.py. The server reads one job a line (JSON) from its standard
@@ -24,7 +24,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -55,8 +55,8 @@ class Job:
 
     script: its path; None for a call. words: the script's arguments. call: the base64 of a pickled (function,
     arguments). processes: how many; None means one, which is not numbered. torchrun: set the environment
-    variables that torchrun sets, and host a store for the rendezvous. stderr: None for stdout's file.
-    timeout: seconds.
+    variables that torchrun sets, and host a store for the rendezvous. stderr: None for stdout's file;
+    numbered processes have a file each, with ".RANK" at its end. timeout: seconds.
     """
 
     script: str | None
@@ -69,6 +69,12 @@ class Job:
     stdout: str
     stderr: str | None
     timeout: float
+
+    def stderr_of(self, rank: int) -> str:
+        """Path of the file that takes the errors of a process."""
+        if self.stderr is None:
+            return self.stdout
+        return self.stderr if self.processes is None else f"{self.stderr}.{rank}"
 
 
 @dataclass
@@ -110,9 +116,8 @@ class Child:
             function(*arguments) if job.processes is None else function(self.rank, *arguments)
 
     def _redirect(self) -> None:
-        out = os.open(self.job.stdout, os.O_WRONLY | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out if self.job.stderr is None else os.open(self.job.stderr, os.O_WRONLY | os.O_APPEND), 2)
+        for number, path in ((1, self.job.stdout), (2, self.job.stderr_of(self.rank))):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
 
     def _torchrun_variables(self) -> dict[str, str]:
         """What torchrun's agent sets on a single node (torch 2.13)."""
@@ -149,13 +154,14 @@ def run_script(path: str, words: list[str]) -> None:
 
 
 def _new_seeds() -> None:
-    """Seeds from the operating system, as after an import. (Python's `random` does that at every fork.)"""
-    import numpy as np
-    import torch
-
+    """Seed from the operating system, as an interpreter and its imports do."""
     random.seed()
-    np.random.seed()
-    torch.default_generator.seed()
+    if "torch" in sys.modules:
+        import numpy as np
+        import torch
+
+        np.random.seed()
+        torch.default_generator.seed()
 
 
 class Running:
@@ -166,8 +172,7 @@ class Running:
         self._outcome = Outcome([None] * (job.processes or 1))
         self._ranks: dict[int, int] = {}  # by the file descriptor that tells the process's end
         self._pids: dict[int, int] = {}
-        for path in filter(None, (job.stdout, job.stderr)):
-            open(path, "w").close()
+        open(job.stdout, "w").close()
 
     def add(self, rank: int, pid: int) -> None:
         """A process that was just forked."""
@@ -272,24 +277,25 @@ def threads() -> list[str]:
     return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 
 
-def load() -> dict[str, str]:
-    """Import everything -> the environment variables that the imports have set."""
+def load(modules: Sequence[str]) -> dict[str, str]:
+    """Import the modules on the CPU platform -> the environment variables that the imports have set."""
     before = dict(os.environ)
     os.environ |= WITHOUT_THREADS
-    import torch
+    if modules:
+        import torch
 
-    torch.set_num_threads(1)
-    from megatron_dms.upstream import cpu
+        from megatron_dms.upstream import cpu
 
-    cpu.install()
-    for name in PRELOADED:
-        importlib.import_module(name)
+        torch.set_num_threads(1)
+        cpu.install()
+        for name in modules:
+            importlib.import_module(name)
+        if torch.distributed.is_initialized():
+            sys.exit("fork server: the imports have made a process group, which no forked process may share")
     for name in WITHOUT_THREADS:
         del os.environ[name]
     if len(alive := threads()) > 1:
         sys.exit(f"fork server: the imports have started threads, which a fork would lose: {alive}")
-    if torch.distributed.is_initialized():
-        sys.exit("fork server: the imports have made a process group, which no forked process may share")
     gc.collect()
     gc.freeze()  # what is here now stays for ever: a child's collections need not read and copy it
     return {name: value for name, value in os.environ.items() if before.get(name) != value}
@@ -320,10 +326,11 @@ def serve(requests: IO[bytes], replies: IO[str], added: Mapping[str, str]) -> Ch
 
 
 def main() -> None:
+    """Import, then serve standard input; a forked process does its part of the job instead."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    added = load()
+    added = load(sys.argv[1:])
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     print(json.dumps({"ready": os.getpid()}), file=replies, flush=True)
     child = serve(requests, replies, added)

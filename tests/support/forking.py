@@ -3,11 +3,12 @@
     done = server.call(function, *arguments)           # one process that calls a function
     done = server.run(path, *words)                    # `python path words`
     done = server.spawn(function, arguments, 2)        # function(rank, *arguments), as torch's spawn does
-    done = server.torchrun(path, words, 4, log=path)   # `torchrun --nproc-per-node 4 path words`
+    done = server.torchrun(path, words, 4)             # `torchrun --nproc-per-node 4 path words`
 
-Functions and arguments are pickled, so a function must be importable by its name. Each call waits for the end
-of all its processes and returns a subprocess.CompletedProcess; its returncode is that of the process that
-failed first. In these processes the CPU platform answers for torch.cuda and torch uses one thread.
+Functions and arguments are pickled, so a function must be importable by its name. Each call waits for the
+end of all its processes and returns a subprocess.CompletedProcess; its returncode and stderr are those of the
+process that failed first. In these processes the CPU platform answers for torch.cuda, and torch uses one
+thread.
 """
 
 import base64
@@ -23,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.support.fork_server import Job, Outcome
+from tests.support.fork_server import PRELOADED, Job, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 240.0  # seconds for one job
@@ -38,13 +39,16 @@ def one_thread() -> dict[str, str]:
 class ForkServer:
     """A running server; it ends with this object's `close` or with this process.
 
-    environment: what libraries read while they are imported is read from here, for all jobs.
+    environment: variables to set before libraries are imported, beside those of `one_thread()`; they hold for
+    all jobs. modules: what is imported beside torch and the CPU platform; with no module nothing is imported.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] | None = None, modules: Sequence[str] = PRELOADED
+    ) -> None:
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "tests.support.fork_server"],
+            [sys.executable, "-u", "-m", "tests.support.fork_server", *modules],
             cwd=ROOT,
             env=one_thread() | dict(environment or {}),
             stdin=subprocess.PIPE,
@@ -130,13 +134,16 @@ class ForkServer:
             )
             outcome = Outcome(**self._ask(job))
             self.leftovers += outcome.leftovers
-            stdout, stderr = (path.read_text(errors="replace") if path else "" for path in (out, err))
+            stdout = out.read_text(errors="replace")
+            failed = outcome.first_failed
+            shown = range(len(outcome.codes)) if failed is None else [failed]
+            errors = [] if log else [Path(job.stderr_of(rank)) for rank in shown]
+            stderr = "".join(path.read_text(errors="replace") for path in errors)
         command = [script or str(call and call[0]), *words]
         if outcome.timed_out:
             error = subprocess.TimeoutExpired(command, timeout, stdout, stderr)
             error.add_note((stdout + stderr)[-_SHOWN:])
             raise error
-        failed = outcome.first_failed
         code = 0 if failed is None else outcome.codes[failed]
         assert code is not None
         return subprocess.CompletedProcess(command, code, stdout, stderr)
@@ -159,3 +166,25 @@ class ForkServer:
             self._errors.seek(0)
             raise RuntimeError(f"the fork server has ended\n{self._errors.read()[-_SHOWN:]}")
         return json.loads(line)
+
+
+def torch_spawn(server: ForkServer) -> Callable[..., None]:
+    """Make a stand-in for torch.multiprocessing.spawn, whose processes the server forks.
+
+        monkeypatch.setattr(torch.multiprocessing, "spawn", torch_spawn(fork_server))
+
+    It raises what torch's function raises, with the errors of the process that failed first.
+    """
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    def spawn(
+        function: Callable[..., object], args: tuple[object, ...] = (), nprocs: int = 1, daemon: bool = False
+    ) -> None:
+        done = server.spawn(function, args, nprocs, environment=os.environ)
+        if done.returncode < 0:
+            said = f"process terminated with signal {-done.returncode}"
+            raise ProcessExitedException(said, 0, 0, done.returncode)
+        if done.returncode:
+            raise ProcessRaisedException(done.stderr, 0, 0)
+
+    return spawn
