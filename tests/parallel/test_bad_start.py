@@ -14,8 +14,8 @@ if os.environ.get("RANK") == "0":
 
 
 def test_the_line_is_said_though_other_ranks_fail_first(workspace: Workspace, tmp_path: Path) -> None:
-    """Rank 0 is slow to start. Catches ranks that exit at once without a word: torchrun then ends the one
-    rank that was about to say what is wrong."""
+    """Rank 0 is slow to start. Catches ranks that exit at once without a word: torchrun then ends rank 0,
+    which was about to say what is wrong."""
     (tmp_path / "sitecustomize.py").write_text(DELAY)
     settings = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = workspace.command(2, "--dms-windw", "3")

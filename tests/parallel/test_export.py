@@ -1,4 +1,4 @@
-"""Training = inference: what Megatron validates is what the exported model does."""
+"""Training = inference: Megatron's validation loss is the loss of the exported model."""
 
 from pathlib import Path
 
@@ -25,9 +25,10 @@ PREDICTORS = {
 def test_exported_model_has_the_loss_that_megatron_validated(
     name: str, workspace: Workspace, tmp_path: Path
 ) -> None:
-    """Retrofit, validate with hard decisions, export, load by transformers alone, and compute the same cross
-    entropy. Catches settings or predictor weights lost on the way, a lag or window that the two sides count
-    differently, and a borrowed channel that only one of them zeroes."""
+    """Retrofit, validate with hard decisions, export, load with transformers alone, and compute the same
+    cross entropy. Catches settings or predictor weights that are lost on the way, a lag or window that
+    Megatron and the exported model count differently, and a borrowed channel that only one of them
+    zeroes."""
     save = ("--save", str(tmp_path / "run"), "--save-interval", str(STEPS))
     validation = (
         "--valid-data-path",

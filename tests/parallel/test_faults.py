@@ -1,4 +1,4 @@
-"""Faults in a real run: each ends it in bounded time, with a line that names rank, step and cause."""
+"""A fault ends a real run in bounded time, with a line that names rank, step and cause."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def before(rank, step, microbatch, model):
 
 
 def test_a_hanging_rank(workspace: Workspace, tmp_path: Path) -> None:
-    """Rank 0 waits in a collective. Catches: steps that do not reach the watchdog, the waiting rank blamed,
+    """Rank 0 waits in a collective. Catches: steps that do not reach the watchdog, blame on the waiting rank,
     a status that torchrun turns into 1."""
     ended = run_with(HANG, workspace, tmp_path, 2, "--dms-step-limit", "20")
     assert ended.status == EXIT
@@ -58,8 +58,8 @@ def test_a_lost_peer(workspace: Workspace, tmp_path: Path) -> None:
 
 
 def test_a_dead_data_file(workspace: Workspace, tmp_path: Path) -> None:
-    """Cut short while it is in use, read by a data loader's worker. Catches: a memory map, which dies of a
-    bus error without a word, and an error that stays in the worker."""
+    """The file is cut short while a data loader's worker reads it. Catches: a memory map, which dies of a bus
+    error without a word, and an error that stays in the worker."""
     for path in workspace.folder.glob("data*"):
         shutil.copy(path, tmp_path)
     data = tmp_path / "data"
@@ -76,13 +76,14 @@ def test_a_dead_data_file(workspace: Workspace, tmp_path: Path) -> None:
 def crashed(
     workspace: Workspace, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Ended, Path, tuple[str, ...]]:
-    """A run that meets a NaN at step 4, behind a checkpoint of step 2 -> its end, its folder, its flags."""
+    """Run until a NaN at step 4, after a checkpoint of step 2 -> how the run ended, its folder, its flags."""
     folder = tmp_path_factory.mktemp("crashed")
     flags = logging_to(folder / "save")
     return run_with(NAN, workspace, folder, 2, *flags), folder, flags
 
 
 def logging_to(save: Path) -> tuple[str, ...]:
+    """Return the flags of a run that saves and logs in a folder, and resumes from it."""
     wandb = ("--wandb-project", "tests", "--wandb-exp-name", "one")
     return ("--load", str(save), "--save", str(save), "--save-interval", "2", *wandb)
 
@@ -99,9 +100,9 @@ def test_a_nan_in_one_gradient(crashed: tuple[Ended, Path, tuple[str, ...]]) -> 
 def test_logs_of_an_interrupted_run_are_those_of_an_uninterrupted_one(
     workspace: Workspace, crashed: tuple[Ended, Path, tuple[str, ...]], tmp_path: Path
 ) -> None:
-    """metrics.jsonl and the one W&B run, offline; neither TensorBoard nor a W&B id is asked for. Catches:
-    steps twice, points beyond the resumed step, a second run, a mirror that lacks a scalar or is not told of
-    the resumption."""
+    """Both logs are read: metrics.jsonl and the only W&B run, which is offline. The flags ask for neither
+    TensorBoard nor a W&B id. Catches: steps that are logged twice, points beyond the resumed step, a second
+    run, a mirror that lacks a scalar or is not told of the resumption."""
     _, folder, flags = crashed
     before = [
         json.loads(line)["step"] for line in (folder / "save" / "metrics.jsonl").read_text().splitlines()
@@ -123,6 +124,6 @@ def test_logs_of_an_interrupted_run_are_those_of_an_uninterrupted_one(
 
 
 def lines_of(path: Path) -> list[dict[str, float]]:
-    """Without the times of day."""
+    """Return the lines of a metrics file without their times of day."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]

@@ -1,8 +1,8 @@
-"""Layout never changes the result: every layout of ranks against one process.
+"""Layout never changes the result: each layout of ranks is compared with one process.
 
-Compared at each of six steps: loss, KL, compression loss, achieved CR soft and hard, the least and most
-compressed layer, gradient norm, to 1e-5 relative. The sixth step's numbers depend on five updates of the
-weights, so gradients are compared in effect entry by entry.
+Each of six steps is compared in its loss, KL, compression loss, achieved CR (soft and hard), CR of the least
+and of the most compressed layer, and gradient norm, to 1e-5 relative. The numbers of the sixth step depend on
+five updates of the weights, so every entry of the gradients has its effect on them.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ BACKENDS = {
     "flash": (4, *TP, *PP),
     "triton": (2, *TP, "--sequence-parallel", "--recompute-granularity", "selective"),
 }
-# Of 2 x CP equal parts, as CP 2 and CP 4 need them; still no multiple of a kernel's block.
+# This length has 2 x CP equal parts, as CP 2 and CP 4 need, and is still no multiple of a kernel's block.
 LONGER = ("--seq-length", "56")
 LONGER_LAYOUTS = {
     "cp4_one_kv_head_on_two_ranks": (4, "--context-parallel-size", "4"),
@@ -112,10 +112,11 @@ def longer_reference(workspace: Workspace) -> Curves:
 def test_context_parallelism_and_virtual_stages_equal_one_process(
     name: str, workspace: Workspace, longer_reference: Curves
 ) -> None:
-    """Validation too. Catches: keys, decisions or noise by the rank's own token numbers, chunks in another
-    order than the rotary table's, a KV head of several ranks that counts several times or never, an account
-    that leaves context-parallel ranks out, gradients that are averaged where they should be summed, a stage
-    that takes another microbatch than its account's, a stage in the middle taken for the last one."""
+    """Validation is compared too. Catches: keys, decisions or noise that follow a rank's own token numbers,
+    chunks whose order is not that of the rotary table, a KV head on several ranks that counts several times
+    or never, an account that leaves context-parallel ranks out, gradients that are averaged where they
+    should be summed, a stage whose microbatch is not that of its account, a stage in the middle taken for
+    the last."""
     data = ("--valid-data-path", str(workspace.data))
     curves = workspace.run(name, *LONGER_LAYOUTS[name], *LONGER, *VALIDATION, *data)
     assert_same_curves(curves, longer_reference, range(STEPS), TOLERANCE)
@@ -125,8 +126,8 @@ def test_context_parallelism_and_virtual_stages_equal_one_process(
 
 @pytest.mark.parametrize("name", RECOMPUTE)
 def test_recompute_changes_nothing(name: str, workspace: Workspace, reference: Curves) -> None:
-    """Bit for bit. Catches decisions that are counted twice, noise that is drawn anew, and a decision logit
-    that is closed over instead of being an input of the recomputed region."""
+    """The curves agree bit for bit. Catches decisions that are counted twice, noise that is drawn anew, and a
+    decision logit that the recomputed region closes over instead of taking as an input."""
     assert_same_curves(workspace.run(name, *RECOMPUTE[name]), reference, range(STEPS), 0.0)
 
 
@@ -156,9 +157,10 @@ def test_attention_backend_equals_dense(
 
 @pytest.mark.parametrize("layout", [(1,), (4, *TP, *PP), (2, *TP, "--sequence-parallel")], ids=len)
 def test_fused_output_layer_equals_logits(layout: tuple, workspace: Workspace, reference: Curves) -> None:
-    """Tied embeddings, a vocabulary padded differently at TP 2. Catches: gradients of hidden states that are
-    not added up over ranks, or twice with sequence parallelism, tokens weighted in another order, a gradient
-    of the output layer that the optimizer does not get, a flag that is accepted and ignored."""
+    """Embeddings are tied, and the vocabulary is padded differently at TP 2. Catches: gradients of hidden
+    states that are not added up over ranks, or are added twice with sequence parallelism, tokens weighted in
+    another order, a gradient of the output layer that the optimizer does not get, a flag that is accepted and
+    ignored."""
     name = f"fused_{len(layout)}"
     curves = workspace.run(name, *layout, "--dms-fuse-output-layer")
     assert_same_curves(curves, reference, range(STEPS), TOLERANCE)
@@ -166,11 +168,11 @@ def test_fused_output_layer_equals_logits(layout: tuple, workspace: Workspace, r
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspace) -> None:
-    """The same for the other predictors, one decision per layer, the borrowed rows alone, the zeroing phase,
-    the teacher that shares the student's weights, pairs that are merged: TP, CP or virtual stages against one
-    process. Catches a layer's decision that is not head 0's on every rank, a row that is zeroed or trained on
-    the wrong rank or in one virtual stage only, pairs merged within a rank's part of the sequence only, and a
-    teacher whose activations are cut at the wrong place between stages."""
+    """TP, CP or virtual stages are compared with one process for the other predictors, one decision per
+    layer, training of the borrowed rows alone, the zeroing phase, a teacher that shares the student's
+    weights, and merging. Catches a layer's decision that is not head 0's on every rank, a row that is zeroed
+    or trained on the wrong rank or in one virtual stage only, pairs merged within a rank's part of the
+    sequence only, and a teacher whose activations are cut at the wrong place between stages."""
     flags = (*VARIANTS[name], *LONGER)
     alone = workspace.run(f"{name}_alone", 1, *flags)
     assert alone["KL"][0] != alone["KL"][-1], "the run must learn something, or gradients are not tested"
@@ -179,10 +181,10 @@ def test_variant_on_four_ranks_equals_one_process(name: str, workspace: Workspac
 
 
 def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:
-    """TP 2 x PP 2 against one process, with hard decisions and a HF folder as teacher (other hidden size,
-    layers, head size; untied), heat maps in TensorBoard's folder and in W&B's. Catches activations of the two
-    cut apart at the wrong width between stages, soft decisions in evaluation, and a validation normalised by
-    rank."""
+    """TP 2 x PP 2 is compared with one process. Decisions are hard, the teacher is a HF folder (other hidden
+    size, layers and head size; untied), and heat maps are in TensorBoard's and W&B's folders. Catches the
+    activations of student and teacher cut apart at the wrong width between stages, soft decisions in
+    evaluation, and a validation normalised by rank."""
     data = ("--valid-data-path", str(workspace.data), "--dms-teacher", str(workspace.other_teacher))
     curves = {}
     for name, processes, layout in (("validation_alone", 1, ()), ("validation", 4, (*TP, *PP))):
@@ -204,11 +206,11 @@ def test_validation_and_a_teacher_of_another_size(workspace: Workspace) -> None:
 
 
 def test_validation_of_a_student_that_evicts_nothing_is_exact(workspace: Workspace) -> None:
-    """An untrained linear predictor decides nothing, so student and teacher agree: KL below 1e-9.
+    """An untrained linear predictor evicts nothing, so student and teacher agree: the KL is below 1e-9.
     Catches logits that the validation's cross entropy overwrites before the KL reads them, and a teacher that
     does not share the student's weights."""
     flags = (*VARIANTS["linear_self_teacher"], "--lr", "1e-9", "--valid-data-path", str(workspace.data))
     curves = workspace.run("untrained", 1, *flags, *VALIDATION, "--train-iters", str(STEPS))
     assert set(curves["achieved CR (hard) validation"]) == {1.0}
     assert max(curves["KL validation"]) < 1e-9
-    assert min(curves["LM loss validation"]) > 1  # random labels: of the order of log 131
+    assert min(curves["LM loss validation"]) > 1  # labels are random: the loss is of the order of log 131

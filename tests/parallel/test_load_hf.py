@@ -1,4 +1,4 @@
-"""From an HF folder straight into a Megatron model, at every layout, against the import of the folder."""
+"""Loading an HF folder straight into a Megatron model equals loading its import, at every layout."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ SOURCES = {
 
 
 def save_qwen2_dms(folder: Path) -> None:
-    """A random Qwen2 with a linear predictor, as an export would be."""
+    """Save a random Qwen2 with a linear predictor, as an export would."""
     from transformers import Qwen2Config
 
     from megatron_dms.hf import config_entries, modeling_dms
@@ -49,7 +49,8 @@ def save_qwen2_dms(folder: Path) -> None:
 
 
 def load_both_ways(rank: int, folder: Path, processes: int) -> None:
-    """Process `rank`: at every layout, load each model from HF and from the import, and compare the bits."""
+    """In process `rank`, load each model from HF and from the import at every layout, and compare the
+    bits."""
     from megatron_dms.upstream import cpu
 
     cpu.install()
@@ -78,7 +79,7 @@ def load_both_ways(rank: int, folder: Path, processes: int) -> None:
         for name in SOURCES:
             weights = HFWeights(folder / name)
             stages = [None] if virtual is None else list(range(virtual))
-            # all chunks first: those that share an embedding meet while they are built
+            # all chunks first: chunks that share an embedding communicate while they are built
             pairs = [[build(weights.args, stage) for _ in range(2)] for stage in stages]
             load_as_megatron_does([slow for _, slow in pairs], folder / f"{name}_megatron/release")
             for models in pairs:
@@ -92,7 +93,7 @@ def load_both_ways(rank: int, folder: Path, processes: int) -> None:
 
 
 def load_as_megatron_does(chunks: list, folder: Path) -> None:
-    """All virtual stages of this rank from a torch_dist checkpoint."""
+    """Load all virtual stages of this rank from a torch_dist checkpoint."""
     from megatron.core import dist_checkpointing
 
     wanted = {f"model{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
@@ -102,7 +103,7 @@ def load_as_megatron_does(chunks: list, folder: Path) -> None:
 
 
 def build(args, virtual_stage: int | None):
-    """This rank's chunk of a GPTModel whose weights are not yet anything."""
+    """Build this rank's chunk of a GPTModel, with NaN as its weights."""
     from megatron_dms.conversion.parity.megatron_model import build_model
 
     model = build_model(args, virtual_stage)
@@ -113,11 +114,12 @@ def build(args, virtual_stage: int | None):
 
 
 def is_vocabulary(name: str) -> bool:
+    """Whether a parameter has one row for each token of the vocabulary."""
     return name.endswith(("word_embeddings.weight", "output_layer.weight"))
 
 
 def real_rows(parameter: Tensor, vocab: int) -> int:
-    """Rows of this rank's part of a vocabulary that are not padding."""
+    """Return how many rows of this rank's part of a vocabulary are not padding."""
     from megatron.core import parallel_state
 
     rank = parallel_state.get_tensor_model_parallel_rank()
@@ -125,7 +127,7 @@ def real_rows(parameter: Tensor, vocab: int) -> int:
 
 
 def own_bytes(model, vocab: int) -> int:
-    """What a rank holds of the file, padding left out."""
+    """Return how many bytes of the file this rank holds, without padding."""
     total = 0
     for name, parameter in model.named_parameters():
         rows = real_rows(parameter, vocab) if is_vocabulary(name) else len(parameter)
@@ -134,6 +136,7 @@ def own_bytes(model, vocab: int) -> int:
 
 
 def compare(models: list, vocab: int, where: str) -> None:
+    """Assert that both chunks have the same parameters, and zeros as padding."""
     fast, slow = (dict(model.named_parameters()) for model in models)
     assert fast.keys() == slow.keys() and fast
     for name, parameter in fast.items():
@@ -144,9 +147,9 @@ def compare(models: list, vocab: int, where: str) -> None:
 
 
 def test_every_rank_reads_its_own_slices_and_no_others(tmp_path: Path, fork_server: ForkServer) -> None:
-    """Two processes; odd vocabulary of 131 rows, padded to 132. Catches: heads of another rank, gate for up,
-    a layer of another (virtual) stage, padding left as it was, the tied output layer of the last stage, whole
-    tensors read for a slice."""
+    """Two processes load an odd vocabulary of 131 rows, padded to 132. Catches: heads of another rank, gate
+    in place of up, a layer of another (virtual) stage, padding left as it was, a tied output layer of the
+    last stage that is not filled, whole tensors read for a slice."""
     for name, make in SOURCES.items():
         make(tmp_path / name)
         import_hf(tmp_path / name, tmp_path / f"{name}_megatron")
@@ -160,17 +163,17 @@ def test_every_rank_reads_its_own_slices_and_no_others(tmp_path: Path, fork_serv
 def test_a_run_from_an_hf_folder_is_the_run_from_its_import(
     name: str, processes: int, layout: tuple[str, ...], workspace: Workspace, reference: dict
 ) -> None:
-    """Student and teacher from the HF folder: one process bit for bit, four to 1e-5. Catches: an architecture
-    that is not the folder's, a teacher or student left as it was initialised."""
+    """Student and teacher are loaded from the HF folder. One process agrees bit for bit, four to 1e-5.
+    Catches: an architecture that is not the folder's, a teacher or student left as it was initialised."""
     hf = ("--load-hf", str(workspace.hf), "--dms-teacher", str(workspace.hf))
     curves = workspace.run(name, processes, "no--pretrained-checkpoint", *hf, *layout)
     assert_same_curves(curves, reference, range(STEPS), TOLERANCE if layout else 0.0)
 
 
 def test_what_was_loaded_from_hf_is_resumed_and_comes_back(workspace: Workspace, tmp_path: Path) -> None:
-    """An adapter run at TP 2 x PP 2 from an HF folder, with the same command line again for more steps; all
+    """An adapter run at TP 2 x PP 2 starts from an HF folder, and the same command line resumes it. All
     tensors of the base model come back bit for bit. Catches: side files missing in --save, --load-hf taken
-    for a new start when there is something to resume, padding exported, a layer or head out of place."""
+    for a new start although there is something to resume, padding exported, a layer or head out of place."""
     save = tmp_path / "run"
     flags = (
         *("no--pretrained-checkpoint", "--load-hf", str(workspace.hf), *ADAPTER, *TP, *PP),
@@ -192,9 +195,9 @@ def test_what_was_loaded_from_hf_is_resumed_and_comes_back(workspace: Workspace,
 
 
 def test_scaled_rope_reaches_student_and_teacher(workspace: Workspace, tmp_path: Path) -> None:
-    """A yarn model, texts three times its original context; TP 2 with recomputation. The student evicts
-    nothing, so its validated cross entropy is that of transformers' model, and its teacher agrees with it.
-    Catches: RoPE of Megatron's flags, or no attention factor, in one of the two or in both."""
+    """A yarn model reads texts of three times its original context at TP 2 with recomputation. The student
+    evicts nothing, so its validated cross entropy is that of transformers' model, and the teacher agrees with
+    the student. Catches: RoPE from Megatron's flags, or no attention factor, in student, teacher or both."""
     from transformers import AutoModelForCausalLM
 
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -240,7 +243,8 @@ def test_scaled_rope_reaches_student_and_teacher(workspace: Workspace, tmp_path:
 def test_what_a_run_starts_from(
     flags: str, kind: str, continues: bool, workspace: Workspace, tmp_path: Path
 ) -> None:
-    """Catches: a run that was begun started anew, or the other way round; one of two folders ignored."""
+    """Catches: a run that is started anew instead of resumed, or the other way round; a folder that is
+    ignored."""
     from megatron_dms.training.startup import starting_point
 
     shutil.copytree(workspace.base, run := tmp_path / "run")
@@ -263,7 +267,7 @@ def test_what_a_run_starts_from(
 
 
 def test_side_files_of_a_run_that_never_saved_are_replaced(workspace: Workspace, tmp_path: Path) -> None:
-    """Catches: an export with the config.json, code and types of a model that --save once began with."""
+    """Catches: an export with the config.json, code and types of another model that --save began with."""
     from megatron_dms.training.startup import _carry_hf_files
     from megatron_dms.training.weights import HFWeights
 

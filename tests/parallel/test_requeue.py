@@ -1,6 +1,6 @@
-"""A job that SLURM warns of its time limit saves, is requeued, and goes on as if nothing had been.
+"""A job that SLURM warns of its time limit saves, is requeued, and goes on as if nothing had happened.
 
-The launch scripts and the training are the real ones, on two "nodes" of this machine; SLURM's commands are
+The launch scripts and the training are the real ones, on two "nodes" of this machine. SLURM's commands are
 stand-ins (tests/fake_slurm).
 """
 
@@ -17,13 +17,13 @@ from megatron_dms.resilience.resume_check import compare
 from tests.support.comparison import assert_same_curves
 from tests.support.retrofit import FLAGS, ROOT, TIMEOUT, Workspace, environment, free_port, read_curves
 
-ITERATIONS = 30  # of some 0.1 seconds each: time enough for a signal in between
+ITERATIONS = 30  # each takes about 0.1 seconds, so that there is time for a signal in between
 SAVING = ("--save-interval", "1000", "--train-iters", str(ITERATIONS))
 HOSTS = "localhost,127.0.0.1"
 
 
 def write_env(workspace: Workspace, save: Path) -> Path:
-    """An env file for a run that equals `workspace.run(name, 2, *SAVING)`."""
+    """Write the env file of a run that equals `workspace.run(name, 2, *SAVING)`."""
     base, board = workspace.base, workspace.folder / "boards" / save.name
     training = [*FLAGS, "--train-data-path", str(workspace.data), "--pretrained-checkpoint", str(base)]
     training += ["--dms-teacher", str(base), "--micro-batch-size", "2", "--global-batch-size", "4"]
@@ -43,7 +43,7 @@ def write_env(workspace: Workspace, save: Path) -> Path:
 
 
 def start_job(workspace: Workspace, env: Path, log: Path) -> subprocess.Popen:
-    """The batch script, as SLURM runs it."""
+    """Start the batch script as SLURM does."""
     fakes = ROOT / "tests" / "fake_slurm"
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": HOSTS, "FAKE_SLURM_LOG": f"{log}.slurm"}
     path = f"{fakes}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -55,7 +55,7 @@ def start_job(workspace: Workspace, env: Path, log: Path) -> subprocess.Popen:
 
 
 def end_of(job: subprocess.Popen, log: Path) -> str:
-    """What the job said; it must end with status 0."""
+    """Wait for a job, which must end with status 0 -> what it printed."""
     status = job.wait(timeout=TIMEOUT)
     text = log.read_text()
     assert status == 0, text[-6000:]
@@ -63,8 +63,9 @@ def end_of(job: subprocess.Popen, log: Path) -> str:
 
 
 def test_a_requeued_run_equals_an_uninterrupted_one_bit_for_bit(workspace: Workspace) -> None:
-    """Two nodes, DP 2: curves, weights and optimizer state. Catches a signal that does not reach the workers
-    or ends them before they saved, a job that is not requeued, and a resumption that is not the same run."""
+    """Curves, weights and optimizer state are compared on two nodes at DP 2. Catches a signal that does not
+    reach the workers or ends them before they have saved, a job that is not requeued, and a resumption that
+    is not the same run."""
     whole, parts = workspace.folder / "whole", workspace.folder / "parts"
     env, log = write_env(workspace, parts), workspace.folder / "job.log"
     curves = workspace.run("whole", 2, *SAVING, "--save", str(whole))

@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not."""
+"""A run that was stopped and resumed equals a run that was not stopped."""
 
 import shutil
 from pathlib import Path
@@ -16,19 +16,19 @@ HALF = STEPS // 2
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace: Workspace) -> tuple[Path, dict[str, list[float]]]:
-    """A run at TP 2 x PP 2 that saves in the middle and at its end."""
+    """Run at TP 2 x PP 2 with saves in the middle and at the end -> the folder and the curves."""
     folder = workspace.folder / "uninterrupted"
     return folder, workspace.run("uninterrupted", 4, *TP, *PP, *saving(folder))
 
 
 def saving(folder: Path) -> tuple[str, ...]:
-    """The same flags for a new run and for its resumption, which begins where the zeroing phase ends."""
+    """Return the flags of a new run and of its resumption, which begins where the zeroing phase ends."""
     save = ("--load", str(folder), "--save", str(folder), "--save-interval", str(HALF))
     return (*save, "--dms-zeroing-steps", str(HALF))
 
 
 def stopped_copy(folder: Path, copy: Path) -> Path:
-    """The folder as it was when the run stopped in the middle."""
+    """Copy a run's folder, as it was when the run had reached its middle."""
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / f"iter_{STEPS:07d}")
     (copy / "latest_checkpointed_iteration.txt").write_text(str(HALF))
@@ -38,8 +38,8 @@ def stopped_copy(folder: Path, copy: Path) -> Path:
 def test_resumed_equals_uninterrupted_bit_for_bit(
     workspace: Workspace, uninterrupted: tuple[Path, dict[str, list[float]]]
 ) -> None:
-    """At TP 2 x PP 2: curves and final weights. Catches optimizer or data state that is not restored, noise
-    from a random state, and a retrofit that starts its schedule anew."""
+    """Curves and final weights are compared at TP 2 x PP 2. Catches optimizer or data state that is not
+    restored, noise from a random state, and a retrofit that starts its schedule anew."""
     folder, curves = uninterrupted
     copy = stopped_copy(folder, workspace.folder / "resumed")
     resumed = workspace.run("resumed", 4, *TP, *PP, *saving(copy))
@@ -51,8 +51,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
 def test_finished_run_validates_as_what_it_is(
     workspace: Workspace, uninterrupted: tuple[Path, dict[str, list[float]]]
 ) -> None:
-    """Started once more, a finished run trains nothing and validates the retrofitted model. Catches an
-    iteration that is known to the training loop only: the validation would be that of the zeroing phase."""
+    """A finished run that is started once more trains nothing and validates the retrofitted model. Catches an
+    iteration that only the training loop knows: the validation would be that of the zeroing phase."""
     folder, _ = uninterrupted
     validation = ("--eval-iters", "1", "--valid-data-path", str(workspace.data))
     curves = workspace.run("finished", 1, *saving(folder), *validation)
@@ -64,7 +64,7 @@ def test_finished_run_validates_as_what_it_is(
 def test_resumed_in_another_layout_continues_the_curve(
     workspace: Workspace, uninterrupted: tuple[Path, dict[str, list[float]]]
 ) -> None:
-    """TP 2 x PP 2 to one process. Catches weights or optimizer state that are saved by rank."""
+    """One process resumes a run at TP 2 x PP 2. Catches weights or optimizer state that are saved by rank."""
     folder, curves = uninterrupted
     copy = stopped_copy(folder, workspace.folder / "elsewhere")
     resumed = workspace.run("elsewhere", 1, *saving(copy))

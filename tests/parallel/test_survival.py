@@ -1,4 +1,4 @@
-"""Runs that are killed, whose disk is full, whose checkpoint is damaged: each ends where it should."""
+"""Runs that are killed, meet a full disk or find a damaged checkpoint end where they should."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support.retrofit import ROOT, STEPS, TIMEOUT, Workspace, environment
 
 SAVING = ("--save-interval", "2")
 
-# A disk that takes no more of one file: the error comes where the system flushes it, as on network disks.
+# A disk that has no more room for one file: the error comes when the file is flushed, as on network disks.
 FULL = """
 import errno, os
 flush = os.fsync
@@ -31,7 +31,7 @@ os.fsync = fsync
 
 @pytest.fixture(scope="module")
 def whole(workspace: Workspace) -> Path:
-    """An uninterrupted run at TP 2."""
+    """Run at TP 2 without an interruption -> the run's folder."""
     save = workspace.folder / "survival_whole"
     workspace.run("survival_whole", 2, *TP, *SAVING, "--save", str(save))
     return save
@@ -39,12 +39,12 @@ def whole(workspace: Workspace) -> Path:
 
 @pytest.fixture(scope="module")
 def survivor(workspace: Workspace) -> Path:
-    """The folder of the run that everything happens to, in the order of the tests below."""
+    """Return the folder of the run that the tests below damage and resume, in their order."""
     return workspace.folder / "survivor"
 
 
 def start(workspace: Workspace, save: Path, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    """One start of the run, to its end; what it said is in stdout."""
+    """Start the run and wait for its end; all that it printed is in stdout."""
     command = workspace.command(2, *TP, *SAVING, "--save", str(save), "--load", str(save), *flags)
     (workspace.folder / "sitecustomize.py").write_text(FULL)
     path = f"{workspace.folder}:{ROOT}" if settings else str(ROOT)
@@ -75,8 +75,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
 
 
 def test_asynchronous_saving_heals_it(workspace: Workspace, survivor: Path) -> None:
-    """Room again: the same command goes on. Catches: --async-save that Megatron drops in silence, an
-    unfinished folder taken for a checkpoint or left for ever, a pointer moved before all is verified."""
+    """The disk has room again, and the same command goes on. Catches: --async-save that Megatron drops in
+    silence, an unfinished folder taken for a checkpoint or left for ever, a pointer moved before all files
+    are verified."""
     done = start(workspace, survivor, "--async-save", "--exit-interval", "4")
     assert done.returncode == 0, done.stdout[-4000:]
     assert "resuming from iteration 2 of" in done.stdout
@@ -89,9 +90,10 @@ def test_asynchronous_saving_heals_it(workspace: Workspace, survivor: Path) -> N
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(
     workspace: Workspace, survivor: Path, whole: Path
 ) -> None:
-    """And the end is that of the run that nothing happened to, though its saves were asynchronous: bit for
-    bit. Catches: damage that is loaded, a set-aside checkpoint that is lost or in the way, a snapshot that
-    training goes on writing to, old ones removed although nobody asked, or kept although somebody did."""
+    """The final checkpoint equals that of an uninterrupted run bit for bit, although the saves were
+    asynchronous. Catches: damage that is loaded, a set-aside checkpoint that is lost or in the way, a
+    snapshot that training goes on writing to, old checkpoints removed unasked, or kept although they should
+    go."""
     path = survivor / "iter_0000004" / "__1_0.distcp"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -109,7 +111,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(
 
 
 def test_killed_again_and_again_it_ends_where_it_should(workspace: Workspace, tmp_path: Path) -> None:
-    """tools/verify_resume.py at TP 2 x PP 2: up to 3 kills, most in the middle of a save."""
+    """tools/verify_resume.py kills a run at TP 2 x PP 2 up to 3 times, mostly in the middle of a save."""
     command = workspace.command(4, *TP, *PP)
     tool = [sys.executable, str(ROOT / "tools" / "verify_resume.py"), "--out", str(tmp_path / "soak")]
     tool += ["--steps", "8", "--save-interval", "1", "--kills", "3", "--while-saving", "0.7", "--seed", "1"]

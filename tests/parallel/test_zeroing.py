@@ -1,4 +1,4 @@
-"""The zeroing of a borrowed channel in bfloat16, where the optimizer has weights of its own."""
+"""The zeroing of a borrowed channel in bfloat16, where the optimizer keeps its own weights."""
 
 import torch
 
@@ -12,8 +12,8 @@ QKV = "decoder.layers.self_attention.linear_qkv.weight"
 
 
 def test_masters_follow_the_zeroed_rows(workspace: Workspace) -> None:
-    """With a learning rate of 1e-9 nothing moves, so two steps after the zeroing the rows are still zero.
-    Catches masters in fp32 that are not reloaded: the first step would write the old rows back."""
+    """With a learning rate of 1e-9 nothing moves, so the rows are still zero two steps after the zeroing.
+    Catches fp32 master weights that are not reloaded: the first step would write the old rows back."""
     folder = workspace.folder / "bf16"
     flags = ("--bf16", "--lr", "1e-9", "--train-iters", str(2 * ZEROING), "--dms-zeroing-steps", str(ZEROING))
     workspace.run("bf16", 1, *flags, "--save", str(folder), "--save-interval", str(ZEROING))

@@ -1,4 +1,4 @@
-"""Comparing the curves of two runs, and what Megatron validates with what transformers computes."""
+"""Compare the curves of two runs, and Megatron's validation loss with the loss that transformers computes."""
 
 import math
 from collections.abc import Iterable
@@ -24,7 +24,8 @@ TOLERANCE = 1e-5  # relative, at every step; sums in another order differ by abo
 def assert_same_curves(
     found: dict[str, list[float]], expected: dict[str, list[float]], steps: Iterable[int], tolerance: float
 ) -> None:
-    """Each compared scalar agrees at each step (from 0). tolerance: relative; 0 means bit for bit."""
+    """Assert that each compared scalar agrees at each step (from 0). tolerance: relative; 0 means bit for
+    bit."""
     steps = list(steps)
     for name in COMPARED:
         assert len(found[name]) >= len(steps), f"{name} was logged {len(found[name])} times"
@@ -37,7 +38,7 @@ def assert_same_curves(
 
 @torch.no_grad()
 def cross_entropy(model: torch.nn.Module, workspace: Workspace) -> float:
-    """Mean over the targets of what two validation steps of four samples see."""
+    """Return the mean over the targets of two validation steps with four samples each, in nats."""
     from megatron_dms.data.dataset import ChatDataset
 
     samples = 8

@@ -1,4 +1,4 @@
-"""Faults put into a run from outside: nothing of the project knows that it is tested."""
+"""Put faults into a run from outside: no code of the project knows that it is tested."""
 
 import os
 import subprocess
@@ -9,8 +9,8 @@ from tests.support.retrofit import ROOT, Workspace, environment
 
 TIMEOUT = 240  # seconds for one run, so that one that does not end fails the test
 
-# Runs in each process before the script. `before(rank, step, microbatch, model)` is called with each training
-# microbatch, all counted as people count: the first is 1.
+# This code runs in each process before the script. `before(rank, step, microbatch, model)` is called at each
+# training microbatch. Steps and microbatches are counted from 1.
 _PRELUDE = """
 import importlib.abc, importlib.machinery, os, sys, time
 
@@ -48,14 +48,14 @@ class Ended:
     log: str
 
     def line(self, *words: str) -> str:
-        """The one line of the log that holds all words."""
+        """Return the only line of the log that holds all words."""
         lines = [line for line in self.log.splitlines() if all(word in line for word in words)]
         assert len(lines) == 1, f"{len(lines)} lines with {words} in\n{self.log[-6000:]}"
         return lines[0]
 
 
 def run_with(fault: str, workspace: Workspace, folder: Path, processes: int, *flags: str) -> Ended:
-    """One run with a fault, the source of `def before(rank, step, microbatch, model)`."""
+    """Run once with a fault, which is the source of `def before(rank, step, microbatch, model)`."""
     (folder / "sitecustomize.py").write_text(_PRELUDE + fault)
     settings = environment() | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
     command = workspace.command(processes, *flags)

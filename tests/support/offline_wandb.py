@@ -1,4 +1,4 @@
-"""What W&B's offline files would make of a run on its server."""
+"""Read W&B's offline files: the history that its server would make of them."""
 
 import json
 import struct
@@ -11,8 +11,10 @@ _FULL, _LAST = 1, 4  # types of record pieces
 
 
 def synced(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The history of each run id, its files read in the order of their start: a rewind drops the points
-    beyond its step. (wandb 0.31; the rewinding itself is the server's, and follows W&B's documents.)"""
+    """Return the history of each run id. Its files are read in the order in which they were begun.
+
+    A rewind drops the points beyond its step, as W&B's documents say that the server does (wandb 0.31).
+    """
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("**/offline-run-*/*.wandb")):
         for record in _records(path):
@@ -31,7 +33,8 @@ def synced(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _records(path: Path) -> Iterator[Any]:
-    """The file is a log in LevelDB's format: blocks of pieces, each with checksum, length and type."""
+    """Yield the records of a log in LevelDB's format: blocks of pieces with a checksum, a length and a
+    type."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = path.read_bytes(), _FILE_HEADER, b""

@@ -1,4 +1,4 @@
-"""Running the entry script in gloo processes on a tiny random model, and reading what it logged."""
+"""Run the entry script in gloo processes on a tiny random model, and read what it logged."""
 
 import json
 import shutil
@@ -19,8 +19,9 @@ VOCAB, SEQUENCE, WINDOW = 131, 50, 7  # odd on purpose; 131 is padded differentl
 STEPS = 6
 TIMEOUT = 240  # seconds for one run; through torchrun a run takes about 20 on an idle machine
 
-# With these, decisions are a true mixture and noise decides many of them: a test that noise or a decision
-# went wrong must be able to fail. Eviction starts at once and the target is above it, so the clamp is active.
+# With these flags, decisions are a true mixture and noise decides many of them, so a test fails when the
+# noise or a decision is wrong. Eviction starts at once and the target ratio is higher, so the clamp is
+# active.
 FLAGS = (
     f"--seq-length {SEQUENCE} --train-iters {STEPS} --lr 3e-4 --lr-decay-style constant --adam-beta2 0.95 "
     f"--clip-grad 1.0 --weight-decay 0 --eval-iters 0 --log-interval 1 --tensorboard-log-interval 1 "
@@ -50,12 +51,12 @@ class Workspace:
         self.data = self.folder / "data"
 
     def command(self, processes: int, *flags: str) -> list[str]:
-        """The command line of one run through torchrun."""
+        """Return the command line of one run through torchrun."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         return [*launcher, "--master-port", str(free_port()), str(SCRIPT), *self.arguments(*flags)]
 
     def arguments(self, *flags: str) -> list[str]:
-        """The arguments of the entry script for one run."""
+        """Return the arguments of the entry script for one run."""
         return [
             *FLAGS,
             *("--train-data-path", str(self.data)),
@@ -91,18 +92,19 @@ class Workspace:
 
 
 def _defaults(flag: str, value: str, given: tuple[str, ...]) -> list[str]:
-    """The flag, unless it is given, or `no--flag` is."""
+    """Return the flag and its value, or nothing if the flag or `no--flag` is given."""
     return [] if flag in given or f"no{flag}" in given else [flag, value]
 
 
 def free_port() -> int:
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def read_curves(board: Path) -> dict[str, list[float]]:
-    """Scalars of a TensorBoard folder, in order of their steps."""
+    """Return the scalars of a TensorBoard folder, in the order of their steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(board), size_guidance={"scalars": 0})
@@ -111,7 +113,7 @@ def read_curves(board: Path) -> dict[str, list[float]]:
 
 
 def make_base(workspace: Workspace) -> None:
-    """A random Qwen3 (GQA 4 / 2, q- and k-norm, tied) with its import, and a teacher of another size."""
+    """Save a random Qwen3 (GQA 4 / 2, q- and k-norm, tied), its import, and a teacher of another size."""
     from megatron_dms.conversion import import_hf
 
     save_qwen3(workspace.hf)
@@ -123,6 +125,7 @@ def make_base(workspace: Workspace) -> None:
 
 
 def save_qwen3(folder: Path, **changes: object) -> None:
+    """Save a random Qwen3 with a tokenizer. changes: settings of its config that differ."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(7)
@@ -159,7 +162,7 @@ def _save_tokenizer(folder: Path) -> None:
 
 
 def make_data(workspace: Workspace) -> None:
-    """Documents of many lengths, so that padding and the loss mask matter."""
+    """Write documents of many lengths, so that padding and the loss mask matter."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     generator = np.random.default_rng(11)
