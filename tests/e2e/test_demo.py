@@ -1,4 +1,4 @@
-"""The whole demo, shortened: import, retrofit at TP 2 x PP 2, two exports, generation, comparison."""
+"""Run the whole demo, shortened: import, retrofit at TP 2 x PP 2, two exports, generation, comparison."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ TIMEOUT = 600  # seconds; it takes about 60 on two idle cores
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the demo in a process of its own, as a user does -> its folder."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "examples/tiny_reasoner/demo.py", "--short", "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
@@ -22,7 +23,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_summary_shows_a_smaller_cache(out: Path) -> None:
     """Catches an export that evicts nothing, a step that is exported under the wrong ratio, and a meter that
-    counts the dense cache: with a few steps only, accuracy means nothing, but the cache must shrink."""
+    counts the dense cache. After a few steps accuracy means nothing, but the cache must shrink."""
     summary = json.loads((out / "summary.json").read_text())
     rows = [summary[name] for name in ("teacher", "cr4", "cr8")]
     assert all(set(row) >= {"accuracy", "achieved_cr", "kv_reads", "peak_tokens"} for row in rows)
@@ -35,7 +36,7 @@ def test_summary_shows_a_smaller_cache(out: Path) -> None:
 
 
 def test_exports_say_what_they_are(out: Path) -> None:
-    """Catches settings that training used and the export lost."""
+    """Catches settings that training used and that the export has lost."""
     for ratio in (4, 8):
         config = json.loads((out / f"cr{ratio}" / "config.json").read_text())
         assert config["dms_cr"] == ratio

@@ -101,8 +101,8 @@ def log_likelihood(loaded: tuple, prompt: str, continuation: str) -> float:
 
 
 def test_lm_evaluation_harness(exported: Path, loaded: tuple, tmp_path: Path) -> None:
-    """Generation and log-likelihood tasks from local files, in padded batches. Catches: an export that
-    the harness cannot drive, or that answers otherwise in its hands."""
+    """The harness runs generation and log-likelihood tasks from local files, in padded batches. Catches: an
+    export that the harness cannot drive, or that gives it other answers."""
     docs, tasks = problems(5), tmp_path / "tasks"
     tasks.mkdir()
     (tasks / "problems.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
@@ -139,7 +139,7 @@ def without_blanks(text: str) -> str:
 
 
 def test_pipeline_and_streaming(exported: Path, loaded: tuple) -> None:
-    """Catches: a class that pipeline does not take, tokens that a streamer sees otherwise."""
+    """Catches: a class that `pipeline` does not take, and a streamer that is given other tokens."""
     from transformers import TextStreamer, pipeline
 
     model, tokenizer = loaded
