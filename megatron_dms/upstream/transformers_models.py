@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def model_from_config(
-    model_class: "type[PreTrainedModel]", config: "PretrainedConfig", dtype: torch.dtype
-) -> "PreTrainedModel":
+def model_from_config[M: PreTrainedModel](
+    model_class: type[M], config: "PretrainedConfig", dtype: torch.dtype
+) -> M:
     """Build a model of `model_class` without weights to load.
 
     transformers' public way, AutoModel.from_config, knows only classes that are registered.
