@@ -27,9 +27,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
 
 
+def partial_path(path: Path) -> Path:
+    """Return the name beside `path` under which this process writes until the output is whole."""
+    return path.with_name(f"{path.name}.partial-{os.getpid()}")
+
+
 def write_durably(path: Path, text: str) -> None:
-    """Write beside, flush to the disk, rename, flush the folder: readers see the old text or the new."""
-    beside = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    """Write a file so that readers see either the old text or the new, after a power cut too.
+
+    The text goes to a file beside `path` and to the disk; then the file is renamed and the folder is flushed.
+    """
+    beside = partial_path(path)
     try:
         with beside.open("w", encoding="utf-8") as stream:
             stream.write(text)
@@ -51,7 +59,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def output_file(path: Path | None) -> Iterator[Callable[[str], None]]:
+def output_file(path: Path | None) -> Iterator[Callable[[str], object]]:
     """Yields what writes the text to a file beside `path`, which is renamed if the block succeeds.
 
     That file is opened at once, so that what cannot be written is refused before any work. Without a path the
@@ -63,7 +71,7 @@ def output_file(path: Path | None) -> Iterator[Callable[[str], None]]:
     if path is None:
         yield lambda text: None
         return
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = partial_path(path)
     if path.exists():
         raise ValueError(f"{path} exists; choose another output, or remove it")
     try:
@@ -137,7 +145,7 @@ def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
         raise CheckpointError(f"{target} exists and is no folder; choose another output")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise CheckpointError(f"{target} is not empty; choose another output, or replace it with --force")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial = partial_path(target)
     parents = [path for path in partial.parents if not path.exists()]
     try:
         try:

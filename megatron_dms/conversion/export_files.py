@@ -217,11 +217,14 @@ def _read_source(path: Path) -> Known:
             f"{path} has version {found.get('version')!r}, expected 1; import the checkpoint again"
         )
     try:
-        tensors = {name: (file, getattr(torch, dtype)) for name, (file, dtype) in found["tensors"].items()}
-        copies = {str(name): str(original) for name, original in found["copies"].items()}
+        listed, repeated = found["tensors"], found["copies"]
+        if not isinstance(listed, dict) or not isinstance(repeated, dict):
+            raise TypeError("expected two objects")
+        tensors = {name: (file, getattr(torch, dtype)) for name, (file, dtype) in listed.items()}
+        copies = {str(name): str(original) for name, original in repeated.items()}
         sound = all(
             dtype in DTYPES and is_plain_name(file) and file.endswith(".safetensors")
-            for file, dtype in found["tensors"].values()
+            for file, dtype in listed.values()
         ) and all(name in tensors for name in copies)
     except (KeyError, TypeError, ValueError, AttributeError):
         sound = False

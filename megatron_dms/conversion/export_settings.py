@@ -102,4 +102,6 @@ def _card(tensors: MegatronTensors, target: dms_formats.DMS, brought_ours: bool)
     name = read_json(path).get("name") if path.is_file() else model_name(tensors.side_folder)
     own_card = tensors.side_folder / (BASE_CARD if brought_ours else CARD)
     iteration = tensors.reader.common().get("iteration", 0)
+    if not isinstance(iteration, int):
+        raise CheckpointError(f"{tensors.reader.folder} has iteration {iteration!r}, expected a number")
     return model_card(target, tensors.args, iteration, str(name or "the base model"), own_card)

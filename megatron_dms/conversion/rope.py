@@ -89,23 +89,26 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
     if truncate not in (None, True, False):
         raise CheckpointError(f"config.json: RoPE's truncate is {truncate!r}, expected true or false")
     given = {key: value for key, value in found.items() if value is not None or key in needed}
-    numbers = {"rope_theta": theta, **given}
-    for key, value in numbers.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value < _LARGEST:
+    numbers: dict[str, float] = {}
+    for key, value in {"rope_theta": theta, **given}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
             raise CheckpointError(f"config.json: RoPE's {key} is {value!r}, expected a number above 0")
+        numbers[key] = value
     if rope_type == "yarn":
         numbers = _complete_yarn(numbers, truncate, config.get("max_position_embeddings"))
     return {"rope_type": rope_type, **numbers}
 
 
-def _complete_yarn(
-    numbers: Mapping[str, float], truncate: bool | None, positions: object
-) -> dict[str, float]:
-    """What is left out takes the values of transformers; the scales m become one attention factor."""
-    complete = {**_YARN_DEFAULTS, "original_max_position_embeddings": positions, **numbers}
+def _complete_yarn(numbers: Mapping[str, float], truncate: object, positions: object) -> dict[str, float]:
+    """Give the settings that are left out the values of transformers, and make one attention factor of the
+    two scales m.
+    """
+    complete = dict(_YARN_DEFAULTS)
+    if isinstance(positions, int | float):
+        complete["original_max_position_embeddings"] = positions
+    complete |= numbers
     if truncate is not None:
-        complete["truncate"] = truncate
+        complete["truncate"] = bool(truncate)
     if complete["rope_theta"] <= 1:
         raise CheckpointError(
             f"config.json: RoPE's rope_theta is {complete['rope_theta']}, expected more than 1 for yarn"

@@ -14,8 +14,9 @@ Checked on megatron-core 0.19.2 and torch 2.13:
 import io
 import json
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,20 @@ class Chunk:
     layer: int | None = None
     layers: int | None = None
 
+    @property
+    def sizes(self) -> torch.Size:
+        """The shape with the layer axis in front where there is one."""
+        return torch.Size([*(() if self.layer is None else (1,)), *self.shape])
+
     def write_item(self) -> WriteItem:
-        """DCP's description, with the layer axis in front where there is one."""
+        """Return DCP's description of the chunk."""
         lead, axis = ((), ()) if self.layer is None else ((self.layer,), (self.layers,))
         offsets = torch.Size([*lead, *(0 for _ in self.shape)])
-        sizes = torch.Size([*(1 for _ in lead), *self.shape])
         return WriteItem(
             index=MetadataIndex(self.key, offsets),
             type=WriteItemType.SHARD,
             tensor_data=TensorWriteData(
-                ChunkStorageMetadata(offsets, sizes),
+                ChunkStorageMetadata(offsets, self.sizes),
                 TensorProperties(self.dtype),
                 torch.Size([*axis, *self.shape]),
             ),
@@ -85,13 +90,14 @@ def write(folder: Path, chunks: Iterable[Chunk], objects: Iterable[str], common:
     items += [chunk.write_item() for chunk in chunks]
     _, metadata = create_default_global_save_plan([SavePlan(items)])
     results = []
+    contents: list[bytes | Chunk] = [*blobs.values(), *chunks]
     with (folder / _DATA_FILE).open("wb") as stream:
-        for item, content in zip(items, [*blobs.values(), *chunks], strict=True):
+        for item, content in zip(items, contents, strict=True):
             begin = stream.tell()
             if isinstance(content, bytes):
                 stream.write(content)
             else:
-                _write_tensor(stream, content, item.tensor_data.chunk.sizes)
+                _write_tensor(stream, content, content.sizes)
             size = stream.tell() - begin
             place = torch_checkpoint.Place(_DATA_FILE, begin, size)
             results.append(WriteResult(item.index, size, place))
@@ -229,7 +235,7 @@ class Reader:
         self._check_files()
 
     @staticmethod
-    def _chunks_and_objects(everything: dict[str, object]) -> Iterator[MetadataIndex]:
+    def _chunks_and_objects(everything: Mapping[str, object]) -> Iterator[MetadataIndex]:
         for key, md in everything.items():
             if isinstance(md, TensorStorageMetadata):
                 yield from (MetadataIndex(key, chunk.offsets) for chunk in md.chunks)
@@ -260,13 +266,13 @@ class Reader:
                 f"{self.folder}: {key} has {covered} of {wanted.sizes.numel()} values; half-written?"
             )
         lead = 0 if layer is None else 1
-        shapes = {chunk.offsets: chunk.sizes for chunk in stored.chunks}
+        shapes: dict[torch.Size | None, torch.Size] = {chunk.offsets: chunk.sizes for chunk in stored.chunks}
         shards = []
         for item in items:
             shape = shapes[item.storage_index.offset]
             chunk = self._chunk(key, item.storage_index, stored.properties.dtype, shape)
             if lead:
-                skipped = item.storage_offsets[0] * chunk.shape[1:].numel() * chunk.dtype.itemsize
+                skipped = item.storage_offsets[0] * prod(chunk.shape[1:]) * chunk.dtype.itemsize
                 chunk = FileRows(chunk.path, chunk.offset + skipped, chunk.dtype, chunk.shape[1:])
             boxes = (item.storage_offsets, item.dest_offsets, item.lengths)
             shards.append(_Shard(chunk, *(tuple(box)[lead:] for box in boxes)))
@@ -290,7 +296,7 @@ class Reader:
             raise CheckpointError(
                 f"{self.folder}: cannot read {key} ({type(error).__name__}: {error})"
             ) from error
-        start += tensor.storage_offset() * dtype.itemsize
+        start += int(tensor.storage_offset()) * dtype.itemsize
         return FileRows(path, start, dtype, tensor.shape)
 
     def tensor(self, key: str, layer: int | None = None) -> Tensor:

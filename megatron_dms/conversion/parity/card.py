@@ -4,7 +4,6 @@ not compared. Written as JSON and, beside it, as a short table in Markdown.
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from megatron_dms.conversion.families import Model
 from megatron_dms.conversion.parity.outputs import LOGIT_TOLERANCE, Agreement
 from megatron_dms.conversion.parity.prompts import NotCompared
 from megatron_dms.errors import CheckpointError
+from megatron_dms.files import partial_path, write_durably
 from megatron_dms.formats.megatron_folder import RELEASE
 
 _PACKAGES = ("torch", "transformers", "megatron-core")
@@ -153,21 +153,18 @@ class ParityCard:
         return [*cells, "passed" if found.passed else "FAILED"]
 
     def write(self, path: Path) -> None:
-        """`path` (.json) and its sibling .md, each whole or not at all. Raises CheckpointError."""
+        """Write `path` (.json) and its sibling .md; readers see the old content or the new. Raises
+        CheckpointError.
+        """
         contents = {
             path: json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n",
             path.with_suffix(".md"): self.to_markdown(),
         }
         try:
             for target, text in contents.items():
-                _partial(target).write_text(text, encoding="utf-8")
-            for target in contents:
-                os.replace(_partial(target), target)
+                write_durably(target, text)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            for target in contents:
-                _partial(target).unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
@@ -177,16 +174,13 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir() or path.with_suffix(".md").is_dir():
             raise CheckpointError(f"--card is {path}, but a folder has its name or that of its table")
-        _partial(path).touch()
-        _partial(path).unlink()
+        partial = partial_path(path)
+        partial.touch()
+        partial.unlink()
     except OSError as error:
         raise CheckpointError(
             f"cannot write {path}: {error.strerror}; name another place with --card"
         ) from error
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
 
 
 def _finite(value: float | None) -> float | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from megatron_dms.conversion.rope import set_rope
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+    from megatron_dms.mcore.compression_account import CompressionAccount
+    from megatron_dms.mcore.microbatch import Microbatch
 
 _SEED = 1234
 """Of the decision noise, which hard decisions do not have."""
@@ -157,7 +160,7 @@ class _Decisions:
     def report(self, layer: int, heads: Tensor, alpha: Tensor, hard: Tensor, valid: Tensor) -> None:
         self.by_layer[layer] = (heads, hard.bool())
 
-    def microbatch(self, prompts: Prompts) -> object:
+    def microbatch(self, prompts: Prompts) -> "Microbatch":
         """The record that asks for hard decisions and carries this one as its account."""
         from megatron_dms.mcore.microbatch import Microbatch, Phase
 
@@ -166,5 +169,5 @@ class _Decisions:
             valid=torch.ones(prompts.count, len(prompts.positions), dtype=torch.bool),
             phase=Phase.HARD,
             seed=_SEED,
-            account=self,
+            account=cast("CompressionAccount", self),  # hard decisions are only reported
         )

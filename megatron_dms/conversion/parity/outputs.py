@@ -50,11 +50,14 @@ class Agreement:
 
 def agreement(reference: Outputs, found: Outputs, window: int = 0, lag: int = 0) -> Agreement:
     """Compare logits, and for a DMS model (window and lag in tokens) decisions."""
-    if reference.evict_LBGT is None:
+    theirs_LBGT, ours_LBGT, near_zero_LBGT = reference.evict_LBGT, found.evict_LBGT, reference.near_zero_LBGT
+    if theirs_LBGT is None:
         diff, argmax = _compare_logits(reference, found)
         return Agreement(diff, argmax, diff <= LOGIT_TOLERANCE)
+    if ours_LBGT is None or near_zero_LBGT is None:
+        raise ValueError("one model made eviction decisions and the other made none")
     tokens = torch.arange(reference.logits_BTV.shape[1])
-    differ_LBGT = reference.evict_LBGT ^ found.evict_LBGT
+    differ_LBGT = theirs_LBGT ^ ours_LBGT
     differ_LBGT[..., :lag] = False  # carried for no pair
     # Token t decides about pair t - lag, which the query window + 1 later is the first to miss.
     first_effect_T = tokens - lag + window + 1
@@ -62,14 +65,14 @@ def agreement(reference: Outputs, found: Outputs, window: int = 0, lag: int = 0)
     compared_B = torch.where(differ_BT, first_effect_T, len(tokens)).amin(dim=1).clamp(max=len(tokens))
     compared_BT = tokens < compared_B[:, None]
     # What differs later is a consequence; what differs before must be a matter of rounding.
-    unexplained = differ_LBGT & ~reference.near_zero_LBGT & compared_BT[None, :, None]
+    unexplained = differ_LBGT & ~near_zero_LBGT & compared_BT[None, :, None]
     diff, argmax = _compare_logits(reference, found, compared_BT)
     return Agreement(
         max_abs_logit_diff=diff,
         argmax_agreement=argmax,
         passed=diff <= LOGIT_TOLERANCE and not bool(unexplained.any()),
         decisions_differ=int(differ_LBGT.sum()),
-        evicted=_evicted(found.evict_LBGT, compared_B - 1, window, lag),
+        evicted=_evicted(ours_LBGT, compared_B - 1, window, lag),
         compared=compared_BT.double().mean().item(),
     )
 

@@ -23,6 +23,8 @@ from megatron_dms.conversion.parity.prompts import Prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from megatron_dms.hf.attention_dms import DMSAttention
+
 
 def reference_outputs(folder: HFFolder, model: Model, sets: list[Prompts]) -> list[Outputs]:
     """Outputs for each set of prompts; the network is built, used and let go."""
@@ -39,8 +41,10 @@ def _load(folder: HFFolder, model: Model) -> "PreTrainedModel":
     disable_progress_bar()
     config_class = transformers.CONFIG_MAPPING[model.family.model_type]
     entries: dict[str, object] = {}
+    network_class: type[PreTrainedModel]
     if model.dms is None:
-        network_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        # The library's annotation says a pair of classes; a look-up by one config class gives one class.
+        network_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]  # type: ignore[assignment]
     else:
         entries = dms_formats.config_entries(model.dms, model.family.model_type)
         network_class = method_of(model.dms.stored()).exported_class(model.family.model_type)
@@ -82,7 +86,7 @@ class _Decisions:
             layer.self_attn.decide = partial(decisions._decide, layer.self_attn, layer.self_attn.decide)
         return decisions
 
-    def _decide(self, attention: torch.nn.Module, decide: Callable[..., Any], *inputs: Tensor) -> Any:
+    def _decide(self, attention: "DMSAttention", decide: Callable[..., Any], *inputs: Tensor) -> Any:
         settings = attention.settings
         margin = LOGIT_TOLERANCE * settings.alpha_scale
         bounds = []
