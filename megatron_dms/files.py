@@ -1,12 +1,13 @@
-"""Files and folders that are whole or not there: small files, result files, output folders; JSON objects.
+"""Write files and folders so that readers never see half of one, and read JSON objects.
 
 Three promises, each for its own kind of output. `write_durably` keeps the old text or the new one, after a
 kill -9 and after a power cut. `output_file` opens its file before any work is done and renames it at the end.
 `staged_folder` fills a folder beside its place and renames that folder at the end: a kill -9 leaves a folder
 `<target>.partial-<pid>`, and at the target either the old output or the new one, whole. A partial folder
-lacks the file without which no reader takes it (`_MARKS`): writers put that file last, and it is the first to
-go when a folder is removed. `staged_folder` does not call fsync: a power cut soon after the end may lose an
-output, but its source is still there, and waiting for the disk would make every conversion as slow as that.
+lacks the file by which readers recognise an output (`_MARKS`): writers put that file last, and it is the
+first to go when a folder is removed. `staged_folder` does not call fsync: a power cut soon after the end may
+lose an output, but its source is still there, and waiting for the disk would make every conversion as slow as
+that.
 """
 
 import ctypes
@@ -60,10 +61,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def output_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """Yields what writes the text to a file beside `path`, which is renamed if the block succeeds.
+    """Yield a function that writes to a file beside `path`; the file is renamed if the block succeeds.
 
-    That file is opened at once, so that what cannot be written is refused before any work. Without a path the
-    text goes nowhere.
+    The file is opened at once, so that an output that cannot be written is refused before any work. Without a
+    path the text goes nowhere.
 
     Raises:
         ValueError: `path` exists, or its folder does not or is not writable.
@@ -87,12 +88,13 @@ def output_file(path: Path | None) -> Iterator[Callable[[str], object]]:
 
 
 def read_object(path: Path, otherwise: str) -> dict[str, Any]:
-    """
+    """Read a JSON object from a file.
+
     Args:
-        otherwise: what its folder is if the file cannot be read, such as "is not a checkpoint".
+        otherwise: what the folder of the file is if the file cannot be read, such as "is not a checkpoint".
 
     Raises:
-        ValueError: it cannot be read, or is no JSON object.
+        ValueError: the file cannot be read, or holds no JSON object.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -106,8 +108,8 @@ def read_object(path: Path, otherwise: str) -> dict[str, Any]:
 
 
 def check_apart(target: Path, *inputs: Path) -> None:
-    """Raises CheckpointError if the output is an input, lies inside one or contains one: replacing it would
-    destroy what is read. Links are followed.
+    """Raise CheckpointError if the output is an input, lies inside one or contains one, because replacing
+    the output would destroy the input. Links are followed.
     """
     out = target.resolve()
     for given in inputs:
@@ -118,8 +120,8 @@ def check_apart(target: Path, *inputs: Path) -> None:
 
 
 def leftovers(target: Path) -> list[Path]:
-    """Folders that killed runs left beside `target`; those of runs still alive on this machine are not
-    listed.
+    """Return the folders that killed runs left beside `target`. The folders of runs that are alive on this
+    machine are left out.
     """
     target = target.resolve()
     found = []
@@ -134,7 +136,7 @@ def leftovers(target: Path) -> list[Path]:
 
 @contextmanager
 def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
-    """A new folder `<target>.partial-<pid>` that takes the place of `target` if the block succeeds.
+    """Yield a new folder `<target>.partial-<pid>`, which takes the place of `target` if the block succeeds.
 
     size: bytes that the output will have at least; refused at once if the disk has fewer. An existing target
     that is not empty is refused before any work, unless `force`: then it is replaced, after success only. On
@@ -175,7 +177,7 @@ def staged_folder(target: Path, force: bool, size: int = 0) -> Iterator[Path]:
 
 
 def take_place(partial: Path, target: Path) -> None:
-    """Rename; an existing target and `partial` change places in one step, so that neither is ever missing.
+    """Rename `partial` to `target`; an existing target and `partial` change places in one step.
 
     Where the system or the file system cannot do that (Linux' renameat2 can, on ext4, xfs, btrfs and tmpfs),
     the old output is moved aside to `.replaced-<pid>` first: a kill between the two renames leaves it there.
@@ -198,8 +200,10 @@ def take_place(partial: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder so that no reader takes what is left of it if this is killed. What cannot be removed
-    (a read-only old output) stays: the conversion itself is done, or has failed for a reason of its own.
+    """Remove a folder so that no reader takes the rest for a checkpoint if this process is killed.
+
+    Files that cannot be removed (a read-only old output) stay: the conversion itself is done, or has failed
+    for a reason of its own.
     """
     with suppress(OSError):
         for name in _MARKS:

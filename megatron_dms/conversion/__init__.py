@@ -1,12 +1,12 @@
 """HF checkpoints <-> Megatron checkpoints (torch_dist): one name table per model family, streaming, exact.
 
-    import_hf(hf_dir, megatron_dir)     every tensor under Megatron's names, loadable at any TP x PP
-    export_hf(megatron_dir, hf_dir)     back again: the same bytes, but for what was trained
-    checkpoint_args(megatron_dir)       the arguments in a checkpoint, its files checked
-    megatron_args(config)               Megatron's arguments for a config.json
-    set_parser_defaults, set_model_args, check_model_args, set_rope    for a run that loads a checkpoint
+    import_hf(hf_dir, megatron_dir)     stores every tensor under Megatron's name, to load at any TP x PP
+    export_hf(megatron_dir, hf_dir)     goes the way back: every untrained tensor keeps its bytes
+    checkpoint_args(megatron_dir)       returns the arguments in a checkpoint whose files are all there
+    megatron_args(config)               returns Megatron's arguments for a config.json
+    set_parser_defaults, set_model_args, check_model_args, set_rope    serve a run that loads a checkpoint
 
-From the command line: tools/convert.py. Errors are CheckpointError, one line each.
+tools/convert.py is the command line. Every error is a CheckpointError of one line.
 """
 
 from megatron_dms.conversion.convert import Report, export_hf, import_hf

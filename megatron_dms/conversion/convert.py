@@ -1,7 +1,8 @@
-"""import_hf and export_hf: a checkpoint folder in, a checkpoint folder out, a few rows at a time.
+"""import_hf and export_hf read one checkpoint folder and write another, a few rows at a time.
 
 No model is built and no process group is needed. Memory does not grow with the model or its tensors
-(rows.py). Outputs appear whole and checked, or not at all (staging.py).
+(formats/tensor_rows.py). An output appears when it is complete and checked; until then its place holds the
+old output or nothing (files.py).
 """
 
 import time
@@ -32,9 +33,9 @@ Progress = Callable[[int, int, int, int], None]
 """Called with (tensors done, tensors in all, bytes done, bytes in all)."""
 
 _EXTRA_STATE = (
-    # asked for by Megatron's local layers and by Transformer Engine's
+    # Megatron's local layers and Transformer Engine's layers ask for these
     *("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
-    # by Transformer Engine's norms only
+    # only Transformer Engine's norms ask for these
     *("self_attention.q_layernorm", "self_attention.k_layernorm"),
 )
 
@@ -55,8 +56,8 @@ class Report:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread. A piece is too small to share out, and on busy cores the threads' waiting for each
-    other was measured to take ten times as long as the conversion.
+    """Run torch on one thread. A piece is too small to divide among threads, and on busy cores the threads'
+    waiting for each other was measured to take ten times as long as the conversion.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -70,7 +71,7 @@ def _one_thread() -> Iterator[None]:
 def import_hf(
     hf_dir: str | Path, megatron_dir: str | Path, force: bool = False, progress: Progress | None = None
 ) -> Report:
-    """HF checkpoint -> Megatron checkpoint `<megatron_dir>/release`, which loads at any TP x PP.
+    """Convert an HF checkpoint to the Megatron checkpoint `<megatron_dir>/release`, for any TP x PP.
 
     Every tensor keeps its type. Side files go to `<megatron_dir>/hf`. Raises CheckpointError before
     anything is written if a name, shape, type or setting is not understood, if the disk has too little room,
@@ -104,7 +105,7 @@ def export_hf(
     progress: Progress | None = None,
     dms_format: str | None = None,
 ) -> Report:
-    """Megatron checkpoint -> HF checkpoint.
+    """Convert a Megatron checkpoint to an HF checkpoint.
 
     iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
     `<megatron_dir>/hf` if not given. dms_format: one of FORMATS (conversion_options.py); None means that of
@@ -133,7 +134,7 @@ def export_hf(
 
 
 class _Tally:
-    """Looks at the pieces as they pass: counts tensors, bytes and values that are not finite, and tells."""
+    """Counts tensors, bytes and values that are not finite as the pieces pass, and reports the progress."""
 
     def __init__(self, infos: Iterable[TensorInfo], progress: Progress | None) -> None:
         sizes = [info.nbytes for info in infos]
@@ -144,7 +145,7 @@ class _Tally:
         self.non_finite: dict[str, int] = {}
 
     def pieces(self, spans: list[Span], dtype: torch.dtype) -> Iterator[Tensor]:
-        """The rows of one or several whole HF tensors, cast to `dtype`."""
+        """Yield the rows of one or several whole HF tensors, cast to `dtype`."""
         for span in spans:
             for stored in span.pieces():
                 piece = stored.to(dtype)
@@ -163,7 +164,7 @@ class _Tally:
 
 
 def _chunks(source: HFFolder, row: Row, model: Model, tally: _Tally) -> Iterator[Chunk]:
-    """The tensors of one row, one per layer, to be read when the writer asks for them."""
+    """Yield the tensors of one row, one per layer. The writer reads each tensor when it needs it."""
     layers = row.layers(model.layers)
     dtypes = {name: source.infos[name].dtype for layer in layers for name in row.hf_names(layer)}
     if len(set(dtypes.values())) > 1:  # the stored tensor has one type for all layers
@@ -180,7 +181,7 @@ def _chunks(source: HFFolder, row: Row, model: Model, tally: _Tally) -> Iterator
 
 
 def _extra_states(model: Model) -> Iterator[str]:
-    """Keys of the empty objects that a model asks for on loading (torch_dist.py)."""
+    """Yield the keys of the empty objects that a model asks for on loading (torch_dist.py)."""
     linear = model.dms is not None and model.dms.predictor == "linear"
     for module in (*_EXTRA_STATE, *(("self_attention.dms_predictor.proj",) if linear else ())):
         for layer in range(model.layers):

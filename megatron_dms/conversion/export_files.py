@@ -1,4 +1,4 @@
-"""Which HF tensors a checkpoint has, of which type, in which file: checked on import, planned on export."""
+"""The layout of an HF checkpoint (tensor -> file, type, shape): checked on import, planned on export."""
 
 import json
 import re
@@ -37,8 +37,10 @@ _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 @dataclass
 class Layout:
-    """infos: HF name -> file, type, shape. copies: name -> the tensor it repeats (a tied output layer
-    written out). buffers: names of tensors that are no part of the model and are kept aside.
+    """Which tensors an HF checkpoint has.
+
+    infos: HF name -> file, type, shape. copies: name -> the tensor that it repeats (a tied output layer that
+    was written out). buffers: names of tensors that are no part of the model and are kept aside.
     """
 
     infos: dict[str, TensorInfo]
@@ -46,21 +48,21 @@ class Layout:
     buffers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """For `SOURCE`; shapes follow from config.json."""
+        """Return the content of the file `SOURCE`. Shapes are left out, because they follow from config.json."""
         tensors = {
             name: [info.file, str(info.dtype).removeprefix("torch.")] for name, info in self.infos.items()
         }
         return {"version": 1, "tensors": tensors, "copies": self.copies}
 
     def files(self) -> dict[str, dict[str, TensorInfo]]:
-        """File -> its tensors."""
+        """Return the tensors of each file."""
         found: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self.infos.items():
             found.setdefault(info.file, {})[name] = info
         return found
 
     def write_index(self, out: Path, side_folder: Path) -> None:
-        """The index of a checkpoint in several files: the source's own bytes while it still says the same."""
+        """Write the index of a checkpoint in several files: a copy of the source's index if it still holds."""
         if list(self.files()) == [SINGLE]:
             return
         weight_map = {name: info.file for name, info in sorted(self.infos.items())}
@@ -74,11 +76,11 @@ class Layout:
 
 
 def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
-    """The layout of an HF folder: every tensor must be in the name table with its shape, and the other way
-    round.
+    """Return the layout of an HF folder, whose tensors must be those of the name table, with its shapes.
 
-    Two kinds may be there besides: the output layer of a tied model, if it equals the embedding, and buffers
-    that say what config.json says. Raises CheckpointError, naming what is missing, not expected or misshapen.
+    Two kinds of tensors may be there in addition: the output layer of a tied model, if it equals the
+    embedding, and buffers that agree with config.json. Raises CheckpointError, naming what is missing, not
+    expected or misshapen.
     """
     if model.layers > len(source.infos):
         raise CheckpointError(
@@ -124,7 +126,7 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
 
 
 def _same_tensor(source: HFFolder, name: str, other: str) -> bool:
-    """Compared in pieces, as bits."""
+    """Compare two tensors bit for bit, in pieces."""
     a, b = source.rows(name), source.rows(other)
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -146,8 +148,8 @@ def _check_frequencies(source: HFFolder, name: str, model: Model) -> None:
 
 
 def write_side_files(source: HFFolder, layout: Layout, folder: Path) -> None:
-    """What an export will need, besides the weights, to give back the folder `source`: side files, layout,
-    buffers.
+    """Write what an export will need in addition to the weights to reproduce the folder `source`: side files,
+    layout and buffers.
     """
     for name in side_files(source.path):
         copy_file(source.path / name, folder / name)
@@ -164,11 +166,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def for_export(tensors: MegatronTensors) -> Layout:
-    """The layout on import where it is known, order included, so that an untouched file comes back byte for
-    byte.
+    """Return the layout of an export: the layout on import where it is known, order included, so that an
+    untouched file comes back byte for byte.
 
-    That of `SOURCE`, or of the side folder's own weights, if it is a whole HF folder. New tensors (the
-    predictor's) go to the end of the last file. Without a known layout: files of 5 GB, by layer.
+    The layout is known from `SOURCE`, or from the side folder's own weights if that is a complete HF folder.
+    New tensors (the predictor's) go to the end of the last file. Without a known layout, tensors go by layer
+    into files of 5 GB.
     """
     known, copies = _known_layout(tensors)
     for name, original in copies.items():
@@ -234,7 +237,7 @@ def _read_source(path: Path) -> Known:
 
 
 def _split(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Name -> file, a new file whenever one is full."""
+    """Assign tensors to files: name -> file, with a new file whenever one is full."""
     numbers, number, filled = {}, 0, 0
     for name, info in infos.items():
         if filled and filled + info.nbytes > _SHARD_BYTES:

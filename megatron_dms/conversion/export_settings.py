@@ -1,4 +1,4 @@
-"""What an export says beside the weights: config.json, dms_metadata.json, the code that runs a DMS model."""
+"""The files of an export that are not weights: config.json, dms_metadata.json, model card and code."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,8 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """Planned before anything is written, so that a format that cannot hold the model is refused in time.
+    """The plan of these files, made before anything is written, so that a format that cannot hold the model
+    is refused in time.
 
     source: folder of the side files. content: file name -> what it will hold; None: the source's bytes.
     renamed: side files that get another name.
@@ -33,8 +34,10 @@ class Settings:
 
     @classmethod
     def plan(cls, tensors: MegatronTensors, dms_format: str | None) -> "Settings":
-        """dms_format: one of FORMATS (conversion_options.py); None means that of the import, or megatron_dms
-        for a model that was retrofitted since.
+        """Plan the files of an export.
+
+        dms_format: one of FORMATS (conversion_options.py). None means the format of the import, or
+        megatron_dms for a model that was retrofitted since.
 
         Raises CheckpointError if the format cannot say what the model does, or there is no DMS model.
         """
@@ -82,7 +85,7 @@ class Settings:
             )
 
     def write(self, out: Path) -> None:
-        """Write the files into an export, config.json last."""
+        """Write the files into an export, config.json as the last of them."""
         for file in self.code:
             copy_file(file, out / file.name)
         for name, new_name in self.renamed.items():
@@ -97,7 +100,7 @@ class Settings:
 
 
 def _card(tensors: MegatronTensors, target: dms_formats.DMS, brought_ours: bool) -> str:
-    """The model card; what the weights came from is the name of the folder that was imported."""
+    """Return the model card, which names the imported folder as the origin of the weights."""
     path = tensors.side_folder / SOURCE
     name = read_json(path).get("name") if path.is_file() else model_name(tensors.side_folder)
     own_card = tensors.side_folder / (BASE_CARD if brought_ours else CARD)

@@ -1,4 +1,4 @@
-"""An HF checkpoint folder: config.json, safetensors and side files, opened with every name accounted for."""
+"""An HF checkpoint folder: config.json, safetensors and side files. Every tensor name is accounted for."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ _TENSOR_INDEX = ".bin.index.json"
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file. Raises CheckpointError, naming the file."""
+    """Read a JSON object from a file. Raises CheckpointError, naming the file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -44,20 +44,20 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this names a file of the folder it is written in: no path, nothing that no file is called."""
+    """Whether a name is that of a file in the same folder: no path, and nothing that cannot be a file name."""
     if not isinstance(name, str) or name in ("", ".", "..") or len(name.encode()) > 255:
         return False
     return name.isprintable() and "/" not in name
 
 
 def read_dms_metadata(folder: Path) -> dict[str, object] | None:
-    """dms_metadata.json of a folder, where there is one."""
+    """Read dms_metadata.json of a folder if there is one."""
     path = folder / dms_formats.METADATA
     return read_json(path) if path.is_file() else None
 
 
 class HFFolder:
-    """Tensors of a folder by name, read one at a time.
+    """The tensors of a folder by name, read one at a time.
 
     config, dms_metadata: config.json and FastDMS's dms_metadata.json (None if it is not there), parsed.
     infos: name -> file, dtype, shape, in the order of the files.
@@ -113,16 +113,16 @@ class HFFolder:
         return infos
 
     def read(self, name: str) -> Tensor:
-        """One tensor; only its own bytes are read."""
+        """Read one tensor, and no bytes of other tensors."""
         return read_all(self.rows(name))
 
     def rows(self, name: str) -> FileRows:
-        """One tensor, to be read row by row."""
+        """Return one tensor, to be read row by row."""
         info = self.infos[name]
         return FileRows(self.path / info.file, info.offset, info.dtype, info.shape)
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """A part of one tensor; only its own bytes are read."""
+        """Read a part of one tensor, and no other bytes."""
         path = self.path / self.infos[name].file
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -132,7 +132,7 @@ class HFFolder:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Every file that holds no tensors, relative to the folder; hidden folders (.git) are left out."""
+    """Yield every file that holds no tensors, relative to the folder; hidden folders (.git) are left out."""
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts[:-1])

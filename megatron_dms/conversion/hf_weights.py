@@ -1,7 +1,7 @@
-"""The weights of an HF folder straight into a Megatron model: each rank reads its own slices and no others.
+"""Load the weights of an HF folder into a Megatron model: each rank reads its own slices and no others.
 
-Which slice that is, the model says itself (`sharded_state_dict`, as for any checkpoint of Megatron's), so
-every layout of ranks works, and what it means in HF's tensors, the family's name table says.
+The model itself says which slices a rank needs (`sharded_state_dict`, as for any checkpoint of Megatron's),
+so every layout of ranks works. The family's name table says where these slices lie in HF's tensors.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +33,7 @@ def load_hf_weights(sharded_state: Mapping[str, object], rows: list[Row], source
 
 
 def sharded_tensors(values: Iterable[object]) -> Iterator["ShardedTensor"]:
-    """Every sharded tensor below `values`; a factory (gate and up in one) gives views of its parts."""
+    """Yield every sharded tensor below `values`; a factory (gate and up in one) gives views of its parts."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 

@@ -33,7 +33,7 @@ def _dms_fields(reader: Reader, args: Namespace) -> dict[str, object] | None:
 
 
 def _reached_cr(reader: Reader, args: Namespace) -> float | None:
-    """The compression ratio that training had asked for when it saved; None for a base model.
+    """Return the compression ratio that training asked for when it saved; None for a base model.
 
     An imported DMS model brings its own number (`args.dms_reached_cr`).
     """
@@ -65,7 +65,7 @@ def _buffers(path: Path) -> dict[str, FileRows]:
 
 @dataclass
 class MegatronTensors:
-    """One iteration, its keys and shapes checked against the name table of its config.json.
+    """The tensors of one iteration, whose keys and shapes agree with the name table of its config.json.
 
     places: HF name -> (row, layer, part). side_folder: where config.json and the tokenizer are. buffers: HF
     tensors that are no part of the model.
@@ -87,8 +87,8 @@ class MegatronTensors:
     def open(
         cls, megatron_dir: Path, iteration: int | None, hf_source: str | Path | None
     ) -> "MegatronTensors":
-        """Raises CheckpointError for missing, extra or misshapen tensors, or another model than
-        config.json's.
+        """Open one iteration. Raises CheckpointError for missing, extra or misshapen tensors, and for another
+        model than the one of config.json.
         """
         reader, args = open_checkpoint(megatron_dir, iteration)
         side_folder = Path(hf_source) if hf_source is not None else megatron_dir / HF
@@ -137,24 +137,24 @@ class MegatronTensors:
                     self.places[name] = (row, layer, part)
 
     def holds(self, name: str) -> bool:
-        """Whether an HF tensor is here: in the model, or kept beside it."""
+        """Whether the checkpoint has an HF tensor, in the model or kept beside it."""
         return name in self.places or name in self.buffers
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Type under which the checkpoint holds an HF tensor."""
+        """Return the type under which the checkpoint holds an HF tensor."""
         if name in self.buffers:
             return self.buffers[name].dtype
         return self.reader.tensors[self.places[name][0].megatron].properties.dtype
 
     def shape(self, name: str) -> Shape:
-        """Shape of an HF tensor."""
+        """Return the shape of an HF tensor."""
         if name in self.buffers:
             return self.buffers[name].shape
         row, _, part = self.places[name]
         return row.shapes[part]
 
     def spans(self, name: str) -> list[Span]:
-        """One HF tensor in the stored type, to be read row by row."""
+        """Return one HF tensor in the stored type, to be read row by row."""
         if name in self.buffers:
             return [Span(name, self.buffers[name], 0, self.buffers[name].shape[0])]
         row, layer, part = self.places[name]
@@ -162,6 +162,6 @@ class MegatronTensors:
         return part_of(row, part, name, stored)
 
     def read(self, name: str) -> Tensor:
-        """One HF tensor, in the stored type."""
+        """Read one HF tensor in the stored type."""
         pieces = [piece.clone() for span in self.spans(name) for piece in span.pieces()]
         return torch.cat(pieces)

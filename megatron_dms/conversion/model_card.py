@@ -1,4 +1,4 @@
-"""The model card of an exported DMS model: what it was made from, how, and how to run and measure it."""
+"""The model card of an exported DMS model: its origin, its training, and how to run and measure it."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -8,7 +8,7 @@ from megatron_dms.conversion.dms_formats import DMS
 
 CARD = "README.md"
 BASE_CARD = "README_base.md"
-"""Where the base model's own card goes."""
+"""The file to which the base model's own card moves."""
 
 _DECIDES = {
     "query_channel": "the last channel of the first query head of each group",
@@ -18,7 +18,7 @@ _DECIDES = {
 
 
 def model_card(dms: DMS, args: Namespace, iteration: int, base: str, base_card: Path) -> str:
-    """Markdown with the front matter that model hubs read.
+    """Return the card in Markdown, with the front matter that model hubs read.
 
     dms: the exported settings. args, iteration: of the Megatron checkpoint. base: name of the base model.
     base_card: its own card, whose licence is taken over where there is one.
@@ -106,7 +106,7 @@ print(model.last_kv_stats)
 
 
 def _training(args: Namespace, iteration: int) -> str:
-    """Rows of the table that a checkpoint of a training run can fill."""
+    """Return the rows of the table that a checkpoint of a training run can fill."""
     settings = getattr(args, "dms", None) or {}
     if "steps_per_cr" not in settings:
         return ""
@@ -124,7 +124,7 @@ def _training(args: Namespace, iteration: int) -> str:
 
 
 def _licence(card: Path) -> str:
-    """The `license...:` lines of a card's front matter."""
+    """Return the `license...:` lines of a card's front matter."""
     if not card.is_file():
         return ""
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -135,8 +135,8 @@ def _licence(card: Path) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """What an HF folder is called: "owner/name" in a hub cache (…/models--owner--name/snapshots/…), else its
-    own name.
+    """Return the name of an HF folder's model: "owner/name" in a hub cache
+    (…/models--owner--name/snapshots/…), otherwise the folder's own name.
     """
     folder = folder.resolve()
     for parent in (folder, *folder.parents):

@@ -1,4 +1,4 @@
-"""Rotary position embedding: HF's settings read, checked and turned into the frequencies that Megatron must
+"""Rotary position embedding: read and check HF's settings, and compute the frequencies that Megatron must
 use.
 
 Megatron's own flags are not enough (checked on megatron-core 0.19.2): `--use-rope-scaling` knows Llama 3's
@@ -39,11 +39,11 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
 
 
 def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
-    """RoPE settings of a config.json, in one form: {"rope_type", "rope_theta", and the type's own numbers}.
+    """Return a config.json's RoPE settings in one form: {"rope_type", "rope_theta", the type's own numbers}.
 
     Two spellings exist: `rope_parameters` (transformers 5), and `rope_theta` with `rope_scaling` (before).
-    Yarn's are completed: "attention_factor" multiplies cosine and sine, "truncate" is 0 or 1. Raises
-    CheckpointError for a type or a setting that this project cannot reproduce.
+    The settings of yarn are completed: "attention_factor" multiplies cosine and sine, "truncate" is 0 or 1.
+    Raises CheckpointError for a type or a setting that this project cannot reproduce.
     """
     found: dict[str, object] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -128,15 +128,15 @@ def _yarn_scale(factor: float, m: float) -> float:
 
 
 def attention_factor(rope: Mapping[str, str | float]) -> float:
-    """What cosine and sine are multiplied by; 1 but for yarn."""
+    """Return the factor on cosine and sine, which is 1 except for yarn."""
     return float(rope.get("attention_factor", 1.0))
 
 
 def inverse_frequencies(rope: Mapping[str, str | float], head_size: int) -> torch.Tensor:
-    """Angle per position of each pair of channels, fp32 [head_size / 2].
+    """Return the angle per position of each pair of channels, fp32 [head_size / 2].
 
-    dynamic: those of texts up to max_position_embeddings, where it changes nothing; beyond, they would depend
-    on the text's length.
+    For dynamic scaling these are the angles of texts up to max_position_embeddings, where the scaling changes
+    nothing. Beyond, the angles would depend on the text's length.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu").float() / head_size
     periods = float(rope["rope_theta"]) ** exponent  # over 2 pi
@@ -151,9 +151,9 @@ def inverse_frequencies(rope: Mapping[str, str | float], head_size: int) -> torc
 
 
 def _llama3_frequencies(rope: Mapping[str, str | float], frequencies: torch.Tensor) -> torch.Tensor:
-    """Pairs that turn fewer than `low_freq_factor` times within the original context are slowed down by
-    `factor`, those that turn more than `high_freq_factor` times are left alone, and between the two the
-    change is gradual.
+    """Scale as Llama 3: pairs that turn fewer than `low_freq_factor` times within the original context are
+    slowed down by `factor`, pairs that turn more than `high_freq_factor` times are left alone, and between
+    the two the change is gradual.
     """
     factor, low, high, context = (float(rope[key]) for key in _NEEDED["llama3"])
     wavelength = 2 * math.pi / frequencies
@@ -165,8 +165,9 @@ def _llama3_frequencies(rope: Mapping[str, str | float], frequencies: torch.Tens
 
 
 def _yarn_frequencies(rope: Mapping[str, str | float], periods: torch.Tensor) -> torch.Tensor:
-    """As llama3, but the change is linear in the number of the pair, between those that turn `beta_fast` and
-    `beta_slow` times within the original context (rounded outwards to whole pairs where `truncate`).
+    """Scale as llama3, but the change is linear in the number of the pair, between the pairs that turn
+    `beta_fast` and `beta_slow` times within the original context (rounded outwards to whole pairs where
+    `truncate`).
     """
     theta, context = float(rope["rope_theta"]), float(rope["original_max_position_embeddings"])
     pairs = periods.numel()

@@ -1,4 +1,4 @@
-"""The arguments of a checkpoint, given to a run of Megatron's.
+"""Give the arguments of a checkpoint to a run of Megatron.
 
 `--use-checkpoint-args` copies a fixed list of names out of a checkpoint (`load_args_from_checkpoint`,
 checked on megatron-core 0.19.2). Norm epsilon, query and key norms, the vocabulary and RoPE scaling are not
@@ -24,23 +24,23 @@ ARCHITECTURE = (
     "layernorm_epsilon qk_layernorm swiglu add_bias_linear add_qkv_bias vocab_size "
     "untie_embeddings_and_output_weights"
 ).split()
-"""Names in which a run, its checkpoint and its config.json must agree."""
+"""Names of the arguments on which a run, its checkpoint and its config.json must agree."""
 _FLAGS = {"layernorm_epsilon": "--norm-epsilon"}
-"""Where Megatron's flag has another name than its argument."""
+"""The flags of Megatron that are named otherwise than their arguments."""
 _BESIDES = (
     "max_position_embeddings attention_dropout hidden_dropout apply_layernorm_1p rotary_interleaved "
     "squared_relu use_rope_scaling rope_scaling_factor"
 ).split()
-"""Further defaults, which a run may change (or that `set_rope` overrules)."""
+"""Further arguments that get the checkpoint's value; a run may change them, or `set_rope` overrules them."""
 
 
 def differences(args: Namespace, expected: Mapping[str, object]) -> Iterator[tuple[str, object, object]]:
-    """(name, found, expected) wherever `args` describe another model; what is not set is not compared."""
+    """Yield (name, found, expected) where `args` describe another model; unset arguments are not compared."""
     for name in ARCHITECTURE:
         found, wanted = getattr(args, name, None), expected.get(name)
         if name == "num_query_groups" and not expected.get("group_query_attention", True):
             continue  # Megatron leaves some number there that it does not use
-        # a damaged file may hold anything, of which only plain values compare as True
+        # a damaged file may hold anything, and only plain values compare as True
         if found is not None and wanted is not None and (found == wanted) is not True:
             yield name, found, wanted
 

@@ -47,24 +47,24 @@ class Row(ABC):
         return self.megatron.startswith(MEGATRON_LAYERS)
 
     def layers(self, count: int) -> range:
-        """The layers that have it, of `count`; a row outside the layers stands once, in "layer" 0."""
+        """Return the layers, of `count`, that have this row; a row outside the layers has one, "layer" 0."""
         return range(count if self.per_layer else 1)
 
     def hf_names(self, layer: int) -> tuple[str, ...]:
-        """Names of the parts in one layer (`layer` is not used by rows outside the layers)."""
+        """Return the names of the parts in one layer (rows outside the layers do not use `layer`)."""
         return tuple(name.format(layer=layer) for name in self.hf)
 
     @property
     def megatron_shape(self) -> Shape:
-        """Shape of the joined tensor, without the layer axis."""
+        """The shape of the joined tensor, without the layer axis."""
         return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
 
     @abstractmethod
     def segments(self) -> Iterator[Segment]:
-        """The parts' rows in their order within the joined tensor, all of them."""
+        """Yield all rows of the parts, in their order within the joined tensor."""
 
     def segments_within(self, start: int, stop: int) -> Iterator[Segment]:
-        """What rows [start, stop) of the joined tensor are made of."""
+        """Yield the segments that rows [start, stop) of the joined tensor are made of."""
         position = 0
         for part, first, last in self.segments():
             begin = max(start - position, 0)
@@ -76,7 +76,7 @@ class Row(ABC):
 
 @dataclass(frozen=True)
 class Rename(Row):
-    """The same tensor under another name."""
+    """One tensor that has another name in the other checkpoint."""
 
     def segments(self) -> Iterator[Segment]:
         yield Segment(0, 0, self.shapes[0][0])
@@ -103,7 +103,7 @@ class Vocabulary(Rename):
 
 @dataclass(frozen=True)
 class Stack(Row):
-    """Parts one below the other: linear_fc1 = [gate; up], each [F, H]."""
+    """Parts that are stacked along the first axis: linear_fc1 = [gate; up], each [F, H]."""
 
     def segments(self) -> Iterator[Segment]:
         for part, shape in enumerate(self.shapes):
@@ -129,12 +129,12 @@ class FusedQKV(Row):
 
 
 def joined(row: Row, names: Sequence[str], sources: Sequence[RowSource]) -> list[Span]:
-    """The Megatron tensor of a row, out of its parts; `sources` gives the parts' tensors."""
+    """Return the Megatron tensor of a row, made of its parts; `sources` holds the tensors of the parts."""
     return [Span(names[part], sources[part], start, stop - start) for part, start, stop in row.segments()]
 
 
 def part_of(row: Row, wanted: int, name: str, source: RowSource) -> list[Span]:
-    """Part `wanted` of a row, out of the Megatron tensor `source`."""
+    """Return part `wanted` of a row, cut out of the Megatron tensor `source`."""
     found, position = [], 0
     for part, start, stop in row.segments():
         if part == wanted:

@@ -1,1 +1,1 @@
-"""File formats: Megatron's checkpoints, safetensors, checksums, pieces of tensors on disk. No model."""
+"""File formats without any model: Megatron's checkpoints, safetensors, checksums, tensors on disk."""

@@ -4,8 +4,9 @@
 
     {"files": {"__0_0.distcp": {"bytes": 1234, "sha256": "..."}, ...}, "sha256": "..."}
 
-The last one is that of "files", so that a flipped bit in this file is not taken for one in another. SHA-256,
-because processors compute it in hardware (1.5 GB/s a process and more), and `sha256sum FILE` checks by hand.
+The last checksum is that of "files", so that a flipped bit in this file is not taken for one in another.
+SHA-256, because processors compute it in hardware (1.5 GB/s a process and more), and `sha256sum FILE` checks
+by hand.
 """
 
 import hashlib
@@ -39,13 +40,13 @@ def digest(path: Path) -> FileSum:
 
 
 def file_names(folder: Path) -> list[str]:
-    """All files of a checkpoint, less the checksums themselves, relative to its folder."""
+    """Return all files of a checkpoint except the checksums, relative to its folder."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(folder)) for path in files if path.name != MANIFEST)
 
 
 def shares(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """File names divided among `parts` readers, about equally many bytes each; the same on every rank."""
+    """Divide file names among `parts` readers, about equally many bytes each, alike on every rank."""
     loads = [0] * parts
     names: list[list[str]] = [[] for _ in range(parts)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -70,7 +71,7 @@ def write_manifest(folder: Path, sums: Mapping[str, FileSum]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """The checksums of all files. Raises CheckpointError if they are damaged themselves."""
+    """Read the checksums of all files. Raises CheckpointError if the checksums are damaged themselves."""
     path = folder / MANIFEST
     try:
         content = json.loads(path.read_text())
@@ -83,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
 
 
 def check_sizes(folder: Path) -> dict[str, FileSum]:
-    """Every file is there and as long as it must be, what can be known without reading it -> the checksums.
+    """Check that every file is there and has its length, without reading it, and return the checksums.
 
     Raises:
         CheckpointError: names the file, what was found and expected.
@@ -101,7 +102,7 @@ def check_sizes(folder: Path) -> dict[str, FileSum]:
 def differences(
     folder: Path, found: Mapping[str, FileSum | str], expected: Mapping[str, FileSum]
 ) -> dict[str, str]:
-    """What is wrong with each file that is not what it was, by name. found: a text says why it was unread."""
+    """Return what is wrong with each changed file, by name. found: a text says why a file was not read."""
     wrong = {}
     for name, wanted in sorted(expected.items()):
         if isinstance(was := found[name], str):
@@ -114,5 +115,5 @@ def differences(
     return wrong
 
 
-def _sum_of(files: dict) -> str:
+def _sum_of(files: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

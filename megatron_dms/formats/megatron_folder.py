@@ -1,4 +1,4 @@
-"""A Megatron checkpoint folder: which iteration to open, its arguments, and the HF side files it carries.
+"""A Megatron checkpoint folder: the iteration to open, its arguments, and the HF side files beside it.
 
 <dir>/latest_checkpointed_iteration.txt    "release" after an import, else a number; written last
 <dir>/release/  or  <dir>/iter_0000500/    torch_dist format
@@ -24,7 +24,7 @@ BUFFERS = "megatron_dms_buffers.safetensors"
 
 
 def iteration_folder(megatron_dir: Path, iteration: int | None = None) -> Path:
-    """The folder of one iteration; None means the latest. Raises CheckpointError if there is none such."""
+    """Return the folder of one iteration; None means the latest. Raises CheckpointError if it is missing."""
     if not megatron_dir.is_dir():
         raise CheckpointError(f"{megatron_dir} is no folder; expected a Megatron checkpoint")
     if iteration is not None:
@@ -48,7 +48,7 @@ def iteration_folder(megatron_dir: Path, iteration: int | None = None) -> Path:
 
 
 def open_checkpoint(megatron_dir: Path, iteration: int | None = None) -> tuple[Reader, Namespace]:
-    """Reader and arguments of one iteration, every file's presence and size checked."""
+    """Return reader and arguments of one iteration, after a check of every file's presence and size."""
     reader = Reader(iteration_folder(megatron_dir, iteration))
     args = reader.common().get("args")
     if not isinstance(args, Namespace):
@@ -57,7 +57,7 @@ def open_checkpoint(megatron_dir: Path, iteration: int | None = None) -> tuple[R
 
 
 def checkpoint_args(megatron_dir: str | Path, iteration: int | None = None) -> Namespace:
-    """Arguments stored in a Megatron checkpoint, for checks before training.
+    """Return the arguments stored in a Megatron checkpoint, for checks before training.
 
     Looks at files only; no process group is needed. Raises CheckpointError, naming the file, for a missing
     tracker, a half-written folder, or a file that is missing or shorter than the metadata say.

@@ -1,8 +1,8 @@
-"""Read what `torch.save` wrote without importing, or running, anything that its author named.
+"""Read what `torch.save` wrote without importing or running anything that the file names.
 
-A checkpoint's arguments hold objects of Megatron's (enums, optimizer configs). To look at plain numbers
-there is no need for Megatron's seconds of importing, nor for trusting the file: tensors and plain types are
-built, and any other class becomes an `Opaque`. Use as `torch.load(..., pickle_module=plain_pickle,
+A checkpoint's arguments hold objects of Megatron's (enums, optimizer configs). Reading plain numbers needs
+neither the seconds of importing Megatron nor trust in the file: tensors and plain types are built, and any
+other class becomes an `Opaque`. Use as `torch.load(..., pickle_module=plain_pickle,
 weights_only=False)`.
 """
 
@@ -45,7 +45,7 @@ class Opaque:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors and plain types; all else is Opaque."""
+    """Builds tensors and plain types; every other object becomes Opaque."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:

@@ -1,4 +1,4 @@
-"""Safetensors files, read with every length checked and written as a stream.
+"""Read safetensors files with every length checked, and write them as a stream.
 
 The library's `save_file` wants all tensors of a file in memory at once, and its reader maps the file. The
 format is simple enough to do neither: 8 bytes of header length, a JSON header with dtype, shape and place of
@@ -40,8 +40,8 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, types, shapes and places in a file. Raises CheckpointError if it is cut short, if tensors
-    overlap or leave gaps, or if one has another type.
+    """Return names, types, shapes and places of the tensors in a file. Raises CheckpointError if it is cut
+    short, if tensors overlap or leave gaps, or if one has another type.
     """
     try:
         size, stream = path.stat().st_size, path.open("rb")

@@ -145,7 +145,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """A tensor that training stored in chunks, one per rank; see rows.RowSource."""
+    """A tensor that training stored in chunks, one per rank; see tensor_rows.RowSource."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -253,7 +253,7 @@ class Reader:
                 raise CheckpointError(f"{path} has {path.stat().st_size} bytes, expected {size}: truncated")
 
     def rows(self, key: str, layer: int | None = None) -> ShardedRows:
-        """`key`, or one layer of it without the layer axis, to be read row by row."""
+        """Return `key`, or one layer of it without the layer axis, to be read row by row."""
         stored = self.tensors[key]
         offsets, sizes = [0] * len(stored.size), list(stored.size)
         if layer is not None:
@@ -279,7 +279,7 @@ class Reader:
         return ShardedRows(wanted.sizes[lead:], stored.properties.dtype, shards)
 
     def _chunk(self, key: str, index: MetadataIndex, dtype: torch.dtype, shape: torch.Size) -> FileRows:
-        """Where the values of a stored chunk begin within what torch.save wrote."""
+        """Return the values of a stored chunk, which begin somewhere within what torch.save wrote."""
         place = self._places[index]
         path = self.folder / place.relative_path
         try:
@@ -300,11 +300,11 @@ class Reader:
         return FileRows(path, start, dtype, tensor.shape)
 
     def tensor(self, key: str, layer: int | None = None) -> Tensor:
-        """The whole of `key`, or one layer of it without the layer axis."""
+        """Read the whole of `key`, or one layer of it without the layer axis."""
         return read_all(self.rows(key, layer))
 
     def common(self) -> dict[str, object]:
-        """What is no tensor: `args`, `iteration` and so on."""
+        """Read the objects that are no tensors: `args`, `iteration` and so on."""
         found = self._common()
         if not isinstance(found, dict):
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Model families: one file each, found by `model_type` of config.json."""
+"""Model families: one file for each `model_type` of config.json."""
 
 from collections.abc import Mapping
 

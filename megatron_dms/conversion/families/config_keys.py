@@ -1,4 +1,4 @@
-"""config.json, key by key: typed reads, features that must be off, keys that change no computation."""
+"""The keys of config.json: typed reads, features that must be off, keys that change no computation."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,10 +9,10 @@ from megatron_dms.errors import CheckpointError
 Config = Mapping[str, object]
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""Types of parameters that can be converted."""
+"""The types of parameters that can be converted."""
 
 _MOST = 2**40
-"""No count of a model is larger."""
+"""A bound that no count of a model reaches."""
 _READ = frozenset(
     "architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim num_hidden_layers "
     "intermediate_size vocab_size max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta "
@@ -57,7 +57,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def check_known(config: Config, of_family: Iterable[str]) -> None:
-    """Every key must be known, `of_family` among them: an unread setting could change the model."""
+    """Check that every key is known (`of_family` included): an unread setting could change the model."""
     known = set(of_family) | _READ | _OFF.keys() | _WITHOUT_EFFECT | dms_formats.CONFIG_KEYS | {"layer_types"}
     unknown = sorted(set(config) - known)
     if unknown:
@@ -68,7 +68,7 @@ def check_known(config: Config, of_family: Iterable[str]) -> None:
 
 
 def check_off(config: Config, of_family: Mapping[str, tuple[object, ...]]) -> None:
-    """Features that are not reproduced must not be in use: those of every family, and `of_family`."""
+    """Check that no feature is in use that is not reproduced, of every family or `of_family`."""
     absent = [key for key in of_family if key not in config]
     if absent:
         raise CheckpointError(
@@ -94,7 +94,7 @@ def check_off(config: Config, of_family: Mapping[str, tuple[object, ...]]) -> No
 
 
 def count(config: Config, key: str, default: int | None = None) -> int:
-    """A whole number above 0."""
+    """Read a whole number above 0."""
     value = config.get(key)
     if value is None:
         value = default
@@ -104,7 +104,7 @@ def count(config: Config, key: str, default: int | None = None) -> int:
 
 
 def flag(config: Config, key: str, default: bool) -> bool:
-    """true or false."""
+    """Read true or false."""
     value = config.get(key, default)
     if not isinstance(value, bool):
         raise CheckpointError(f"config.json: {key} is {value!r}, expected true or false")
@@ -112,7 +112,7 @@ def flag(config: Config, key: str, default: bool) -> bool:
 
 
 def norm_epsilon(config: Config) -> float:
-    """RMSNorm's epsilon."""
+    """Read the epsilon of RMSNorm."""
     value = config.get("rms_norm_eps")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise CheckpointError(f"config.json: rms_norm_eps is {value!r}, expected a number between 0 and 1")
@@ -120,7 +120,7 @@ def norm_epsilon(config: Config) -> float:
 
 
 def dtype(config: Config) -> str | None:
-    """Type of the parameters: `dtype` (transformers 5) or `torch_dtype` (before)."""
+    """Read the type of the parameters: `dtype` (transformers 5) or `torch_dtype` (older versions)."""
     found = {str(config[key]) for key in ("dtype", "torch_dtype") if config.get(key) is not None}
     if len(found) > 1 or not found <= set(DTYPES):
         raise CheckpointError(f"config.json: dtype is {sorted(found)}, expected one of {', '.join(DTYPES)}")

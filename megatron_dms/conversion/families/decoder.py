@@ -132,9 +132,7 @@ class Family:
         return rows
 
     def megatron_args(self, model: "Model") -> dict[str, object]:
-        """Names and values as in Megatron's `args`; see `training_args.set_model_args` for how they get
-        there.
-        """
+        """Return names and values as in Megatron's `args`; `training_args.set_model_args` sets them there."""
         llama3 = model.rope["rope_type"] == "llama3"
         return {
             "num_layers": model.layers,

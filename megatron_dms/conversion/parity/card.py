@@ -22,8 +22,8 @@ _NAMES_SHOWN = 10
 
 @dataclass(frozen=True)
 class TensorParity:
-    """One HF tensor. only_in: the one side that has it, None where both do. dtype and shape: HF's, if it has
-    it.
+    """The comparison of one HF tensor. only_in: the one side that has it, None where both do. dtype and
+    shape: HF's, if it has it.
     """
 
     name: str
@@ -35,8 +35,8 @@ class TensorParity:
 
 @dataclass(frozen=True)
 class LogitParity:
-    """One set of prompts at one layout. past_original_context: None where RoPE is not scaled, or scaled
-    without an original context being named.
+    """The comparison of one set of prompts at one layout. past_original_context: None where RoPE is not
+    scaled, or scaled without an original context being named.
     """
 
     layout: str
@@ -50,7 +50,7 @@ class LogitParity:
 
 @dataclass(frozen=True)
 class ParityCard:
-    """checkpoint: name of the folder that was read, "release" for an import."""
+    """All comparisons. checkpoint: the name of the folder that was read, "release" for an import."""
 
     checkpoint: str
     model: Model
@@ -64,13 +64,13 @@ class ParityCard:
 
     @property
     def max_abs_logit_diff(self) -> float | None:
-        """Over all comparisons; None if there is none, NaN if any is NaN."""
+        """The largest difference of all comparisons; None without a comparison, NaN if any is NaN."""
         found = [row.agreement.max_abs_logit_diff for row in self.logits]
         return math.nan if any(map(math.isnan, found)) else max(found, default=None)
 
     @property
     def argmax_agreement(self) -> float | None:
-        """The least of all comparisons."""
+        """The least agreement of all comparisons."""
         return min((row.agreement.argmax_agreement for row in self.logits), default=None)
 
     @property
@@ -79,7 +79,7 @@ class ParityCard:
         return self.tensors_equal and bool(self.logits) and all(row.agreement.passed for row in self.logits)
 
     def summary(self) -> dict[str, object]:
-        """The verdict in a few entries, as JSON has it."""
+        """Return the result in a few entries, as JSON has it."""
         return {
             "passed": self.passed,
             "tensors_equal": self.tensors_equal,
@@ -90,7 +90,7 @@ class ParityCard:
         }
 
     def to_json(self) -> dict[str, object]:
-        """Everything, as JSON has it."""
+        """Return everything, as JSON has it."""
         model = self.model
         return {
             **self.summary(),
@@ -109,7 +109,7 @@ class ParityCard:
         }
 
     def to_markdown(self) -> str:
-        """A short table."""
+        """Return the card as a short table in Markdown."""
         return "\n".join(self._lines()) + "\n"
 
     def _lines(self) -> Iterator[str]:
@@ -184,7 +184,7 @@ def check_writable(path: Path) -> None:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return None for NaN and infinity, which JSON lacks."""
     return value if value is None or math.isfinite(value) else None
 
 

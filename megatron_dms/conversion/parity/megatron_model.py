@@ -30,8 +30,9 @@ _SEED = 1234
 
 
 def build_model(args: Namespace, virtual_stage: int | None = None) -> "GPTModel":
-    """This rank's part of Megatron's GPTModel in fp32, from a checkpoint's arguments: local layers, with the
-    DMS plug-in where the checkpoint has DMS. virtual_stage: which of its chunks, under virtual pipelining.
+    """Build this rank's part of Megatron's GPTModel in fp32, from a checkpoint's arguments: local layers,
+    with the DMS plug-in where the checkpoint has DMS. virtual_stage: which of its chunks, under virtual
+    pipelining.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -152,7 +153,7 @@ class _RowsOfPositions(nn.Module):
 
 @dataclass
 class _Decisions:
-    """What DMS layers report of themselves, in the place of training's account."""
+    """The decisions that DMS layers report. It stands in for the compression account of training."""
 
     by_layer: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Layer -> global numbers of the KV heads [G], bool decisions [B, G, T]."""
@@ -161,7 +162,7 @@ class _Decisions:
         self.by_layer[layer] = (heads, hard.bool())
 
     def microbatch(self, prompts: Prompts) -> "Microbatch":
-        """The record that asks for hard decisions and carries this one as its account."""
+        """Return a record that asks for hard decisions and has this object as its account."""
         from megatron_dms.mcore.microbatch import Microbatch, Phase
 
         return Microbatch(

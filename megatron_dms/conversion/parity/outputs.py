@@ -1,4 +1,4 @@
-"""What a model made of a set of prompts, and how far two of them agree.
+"""The outputs of a model on a set of prompts, and how far the outputs of two models agree.
 
 Shapes: L layers, B prompts, G KV heads, T tokens, V vocabulary.
 
@@ -22,7 +22,7 @@ alpha_scale multiplies) gets the same.
 
 @dataclass(frozen=True)
 class Outputs:
-    """One model on one set of prompts. The last two are None without DMS."""
+    """The outputs of one model on one set of prompts. The last two are None without DMS."""
 
     logits_BTV: Tensor
     evict_LBGT: Tensor | None = None
@@ -80,7 +80,7 @@ def agreement(reference: Outputs, found: Outputs, window: int = 0, lag: int = 0)
 def _compare_logits(
     reference: Outputs, found: Outputs, compared_BT: Tensor | None = None
 ) -> tuple[float, float]:
-    """Largest absolute difference, and the share of positions where the most likely token agrees."""
+    """Return the largest absolute difference and the share of positions where the likeliest token agrees."""
     diffs, same = [], []
     for prompt in range(len(reference.logits_BTV)):  # one by one: a vocabulary's logits are large
         rows = slice(None) if compared_BT is None else compared_BT[prompt]

@@ -59,7 +59,7 @@ def original_context(model: Model) -> int | None:
 
 
 def choose_prompts(model: Model, prompt_tokens: int) -> tuple[list[Prompts], list[NotCompared]]:
-    """The sets for a model, and what they leave out.
+    """Return the sets of prompts for a model, and what they leave out.
 
     Every model: contiguous prompts. Scaled RoPE: prompts spread over the whole scaled context, so that angles
     and distances beyond the original context are compared at the cost of a short prompt. A DMS model takes no
@@ -106,8 +106,8 @@ def _choose_without_gaps(
 
 
 def _scaled_context(model: Model) -> int:
-    """Positions that the scaling is for: max_position_embeddings, which in some checkpoints is still the
-    original context.
+    """Return the number of positions that the scaling is for: max_position_embeddings, except in checkpoints
+    where that is still the original context.
     """
     original = original_context(model)
     if original is not None and model.positions <= original:
@@ -116,6 +116,6 @@ def _scaled_context(model: Model) -> int:
 
 
 def _spread(context: int, tokens: int) -> tuple[int, ...]:
-    """`tokens` positions from 0 to context - 1, as evenly as whole numbers allow."""
+    """Return `tokens` positions from 0 to context - 1, as evenly as whole numbers allow."""
     tokens = min(tokens, context)
     return tuple(round(index * (context - 1) / (tokens - 1)) for index in range(tokens))

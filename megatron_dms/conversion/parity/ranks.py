@@ -1,4 +1,4 @@
-"""Outputs of a Megatron checkpoint's model at a layout of ranks.
+"""Run the model of a Megatron checkpoint at a layout of ranks.
 
 The ranks are processes of their own, on the CPU with gloo, which meet in a file (no port to collide on): the
 caller's process stays free of Megatron and its global state, and a rank's memory is given back.
@@ -57,7 +57,7 @@ class Task:
 
 
 def megatron_outputs(layout: Layout, tasks: Sequence[Task]) -> list[list[Outputs]]:
-    """Outputs of every task's model on each of its sets of prompts.
+    """Return the outputs of every task's model on each of its sets of prompts.
 
     Raises CheckpointError if a rank fails; the others are ended then.
     """
@@ -82,7 +82,7 @@ def megatron_outputs(layout: Layout, tasks: Sequence[Task]) -> list[list[Outputs
 
 
 def _collect(folder: Path, world: int, name: str, prompts: Prompts) -> Outputs:
-    """What the ranks left in files, put together. The last rank is in the last stage and has all logits."""
+    """Put together what the ranks left in files. The last rank is in the last stage and has all logits."""
     parts = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world)]
     logits = parts[-1]["logits"][..., : prompts.vocab]
     by_layer: dict[int, dict[int, Tensor]] = {}
@@ -96,7 +96,9 @@ def _collect(folder: Path, world: int, name: str, prompts: Prompts) -> Outputs:
 
 
 def _rank(rank: int, folder: Path, layout: Layout, tasks: tuple[Task, ...], threads: int) -> None:
-    """One process: every task, its outputs to files. An error becomes one line, for the caller to repeat."""
+    """Run every task in one process and write its outputs to files. An error becomes one line, which the
+    caller repeats.
+    """
     try:
         _run_tasks(rank, folder, layout, tasks, threads)
     except (Exception, CheckpointException) as error:  # DCP's is no Exception

@@ -1,4 +1,4 @@
-"""Outputs of transformers' model of an HF checkpoint, in fp32 on the CPU.
+"""Run transformers' model of an HF checkpoint, in fp32 on the CPU.
 
 The class is transformers' own for the model type, or for a DMS model that of megatron_dms/hf, whose settings
 come from the checked Model: formats that keep them elsewhere than in config.json are served too. Code that a
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def reference_outputs(folder: HFFolder, model: Model, sets: list[Prompts]) -> list[Outputs]:
-    """Outputs for each set of prompts; the network is built, used and let go."""
+    """Return the outputs for each set of prompts; the network is built, used and released."""
     network = _load(folder, model)
     decisions = None if model.dms is None else _Decisions.record(network)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def _run(network: "PreTrainedModel", prompts: Prompts, decisions: "_Decisions | 
 
 @dataclass
 class _Decisions:
-    """What each DMS attention layer of a network decides, recorded as it does."""
+    """A record of what each DMS attention layer of a network decides."""
 
     evict_BGT: list[Tensor] = field(default_factory=list)
     near_zero_BGT: list[Tensor] = field(default_factory=list)
@@ -100,7 +100,7 @@ class _Decisions:
         return decided
 
     def attach(self, logits: Tensor) -> Outputs:
-        """The outputs of the forward just done; the record is empty again."""
+        """Return the outputs of the last forward, and empty the record."""
         outputs = Outputs(logits, torch.stack(self.evict_BGT), torch.stack(self.near_zero_BGT))
         self.evict_BGT, self.near_zero_BGT = [], []
         return outputs

@@ -28,7 +28,7 @@ LAYOUTS = {name: Layout(tp, pp) for name, (tp, pp) in LAYOUT_SIZES.items()}
 """The layouts at which logits are compared, by the names that the command line gives them."""
 
 Say = Callable[[str], None]
-"""Told what is being done, one line each."""
+"""A function that is called with one line for each step."""
 
 
 def verify(
@@ -74,7 +74,7 @@ def verify(
 
 
 def compare_tensors(hf: HFFolder, stored: MegatronTensors, imported: bool) -> list[TensorParity]:
-    """Every tensor of either side, one at a time.
+    """Compare every tensor of either side, one at a time.
 
     imported: types must agree, for an import keeps them; else the Megatron tensor is cast first, for training
     may work in another type and export casts back.
@@ -104,7 +104,7 @@ def compare_logits(
     reference: Sequence[Outputs],
     found: Sequence[Outputs],
 ) -> list[LogitParity]:
-    """One entry for each set of prompts."""
+    """Compare the logits of each set of prompts."""
     window, lag = (model.dms.window, model.dms.lag) if model.dms else (0, 0)
     original = original_context(model)
     return [
