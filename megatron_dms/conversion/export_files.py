@@ -48,7 +48,7 @@ class Layout:
     buffers: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
-        """Return the content of the file `SOURCE`. Shapes are left out, because they follow from config.json."""
+        """Return the content of the file `SOURCE`, without shapes, which follow from config.json."""
         tensors = {
             name: [info.file, str(info.dtype).removeprefix("torch.")] for name, info in self.infos.items()
         }
@@ -62,7 +62,7 @@ class Layout:
         return found
 
     def write_index(self, out: Path, side_folder: Path) -> None:
-        """Write the index of a checkpoint in several files: a copy of the source's index if it still holds."""
+        """Write the index of a checkpoint in several files: the index of the source if it still holds."""
         if list(self.files()) == [SINGLE]:
             return
         weight_map = {name: info.file for name, info in sorted(self.infos.items())}

@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, object]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name is that of a file in the same folder: no path, and nothing that cannot be a file name."""
+    """Whether a name is that of a file in the same folder: not a path, and possible as a file name."""
     if not isinstance(name, str) or name in ("", ".", "..") or len(name.encode()) > 255:
         return False
     return name.isprintable() and "/" not in name
