@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
 from megatron_dms.data.preprocess import PreprocessConfig, Summary, preprocess
-from megatron_dms.data.token_files import DataError, check_pair
+from megatron_dms.data.token_files import check_pair
+from megatron_dms.errors import DataError
 from tests.support.tools import ROOT, run_tool
 
 WORDS = ["<pad>", "<user>", "<assistant>", "<end>", "<think>", "</think>", "a", "b", "c", "d", "tail"]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dms.training.startup import StartupError, check_dms_flags
+from megatron_dms.errors import StartupError
+from megatron_dms.training.startup import check_dms_flags
 from tests.support.tools import ROOT, run_python
 
 VOCAB, POSITIONS, HEADS, GROUPS, LAYERS = 131, 64, 4, 2, 4  # of tests/parallel/retrofit.py
@@ -61,7 +62,8 @@ import torch
 if not torch.cuda.is_available():
     cpu.install()
 from megatron_dms.upstream.wheel import skip_helper_compilation
-from megatron_dms.training.startup import StartupError, check_dms_flags, parse_megatron_args
+from megatron_dms.errors import StartupError
+from megatron_dms.training.startup import check_dms_flags, parse_megatron_args
 skip_helper_compilation()
 found = {}
 for name, words in json.load(open(sys.argv[1])).items():
