@@ -4,9 +4,9 @@ Formats: .jsonl, .json (a list of objects, or one object on each line), .csv (wi
 them also with .gz; .parquet. Files are read row by row if the format allows it: LiveCodeBench's files have
 gigabytes.
 
-Why not through `datasets`: it infers one type for each column. So a CSV answer 033 becomes 33 and an answer
-NA becomes null, integers beyond 64 bits and columns of numbers and texts are refused, a short CSV row and a
-missing column become null, and its errors do not name the line.
+Why not through `datasets` (5.2): it infers one type for each column. A CSV answer 033 becomes 33, an answer NA
+becomes null, and an integer beyond 64 bits becomes a float. A missing column or a short CSV row becomes null,
+broken CSV quotes are accepted, and errors do not name the line of the file.
 """
 
 import csv
