@@ -4,7 +4,7 @@ Formats: .jsonl, .json (a list of objects, or one object on each line), .csv (wi
 them also with .gz; .parquet. Files are read row by row if the format allows it: LiveCodeBench's files have
 gigabytes.
 
-Why not through `datasets` (5.2): it infers one type for each column. A CSV answer 033 becomes 33, an answer NA
+Why not through `datasets` (5.2): it infers one type for a column. A CSV answer 033 becomes 33, an answer NA
 becomes null, and an integer beyond 64 bits becomes a float. A missing column or a short CSV row becomes null,
 broken CSV quotes are accepted, and errors do not name the line of the file.
 """
