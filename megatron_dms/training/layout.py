@@ -57,10 +57,11 @@ def virtual_stages(args: Namespace) -> int:
 def check_heads_and_layers(args: Namespace, model: Namespace, whose: str = "the model") -> None:
     """Heads, MLP channels, layers of a model (the student's or the teacher's) divide by the layout."""
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "num_layers")
+    names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
     pp = args.pipeline_model_parallel_size
-    *by_tp, layers = rules.model_divisions(*(getattr(model, name) for name in names), tp, pp)
-    for name, division in zip(names, by_tp, strict=False):
+    heads, groups, ffn = (getattr(model, name) for name in names)
+    *by_tp, layers = rules.model_divisions(heads, groups, ffn, model.num_layers, tp, pp)
+    for name, division in zip(names, by_tp, strict=True):
         if not division.exact:
             size = division.number
             fewer = ": several ranks would share one KV head's decision" if size < tp else ""
