@@ -65,7 +65,7 @@ def main() -> None:
         exec(compile(source, "program.py", "exec"), names)
         if call is not None:
             function = call["function"]
-            owner = names.get("Solution")
+            owner: Any = names.get("Solution")
             target = getattr(owner(), function) if hasattr(owner, function) else names[function]
             result = target(*call["arguments"])
             text = json.dumps(result, default=lambda value: {"not JSON": repr(value)})
