@@ -1,8 +1,9 @@
 """The exported DMS model for transformers, and what a converter needs to write an export.
 
 The `*_dms.py` files of this folder are copied flat into every exported checkpoint, where transformers loads
-them with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. They import torch and
-transformers only. This file stays behind; importing it pulls in neither of the two.
+them with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. They import only torch and
+transformers, and triton if it is asked for. This file is not copied, and importing it imports none of the
+three.
 """
 
 from pathlib import Path
@@ -29,7 +30,7 @@ def config_entries(model_type: str, settings: DMSSettings) -> dict[str, Any]:
     """Return the keys to add to (or replace in) the base model's config.json; `model_type` itself stays.
 
     Args:
-        model_type: the base model's, one of SUPPORTED_MODEL_TYPES.
+        model_type: the base model's model type, one of SUPPORTED_MODEL_TYPES.
 
     Raises:
         ValueError: no class is exported for the model type; the message names it.

@@ -1,17 +1,18 @@
-"""One DMS attention for every family whose attention is q/k/v/o projections, optional q/k norms and RoPE.
+"""DMS attention for every model family with q/k/v/o projections, optional q/k norms and RoPE.
 
-It takes the projections and norms of the family's own attention module over, under their names, so that the
-state dict stays the base model's. Only the linear predictor adds parameters (NVIDIA's names).
+The module takes over the projections and norms of the family's own attention module under their names, so
+that the state dict stays that of the base model. Only the linear predictor adds parameters, under NVIDIA's
+names.
 
 Shapes: B sequences, H query heads, G KV heads, T new tokens, D head size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Half-rotation RoPE is one function for every family served here; cos and sin come from the model.
+# Half-rotation RoPE is the same function for every family served here; cos and sin come from the model.
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .cache_dms import DMSCache
@@ -22,36 +23,38 @@ from .stats_dms import KVMeter
 
 
 class DMSStep(NamedTuple):
-    """What one forward of the model hands to each of its attention layers (as the keyword `dms_step`)."""
+    """What one forward of the model passes to each attention layer, as the keyword `dms_step`."""
 
     new: NewTokens
     meter: KVMeter
     copies: int = 1
-    """How many rows of the caller's batch each row of this forward stands for; see fork_dms.py."""
+    """The number of rows of the caller's batch that each row of this forward stands for; see fork_dms.py."""
 
 
 class DMSAttention(nn.Module):
     """Attention in which each KV head forgets the pairs its predictor marks, once they leave the window."""
 
-    def __init__(self, base: nn.Module, settings: DMSSettings, norm_class: type[nn.Module]) -> None:
+    def __init__(self, base: Any, settings: DMSSettings, norm_class: type[nn.Module]) -> None:
         """
         Args:
-            base: the family's attention module; its parameters move into this one.
+            base: the family's attention module, such as a LlamaAttention; its parameters move into this one.
             settings: the checked DMS settings.
             norm_class: the family's RMSNorm, for the linear predictor.
         """
         super().__init__()
         config = base.config
         self.settings = settings
-        self.layer_idx = base.layer_idx
-        self.head_dim = base.head_dim
-        self.scaling = base.scaling
-        self.attention_dropout = base.attention_dropout
-        self.q_proj, self.k_proj = base.q_proj, base.k_proj
-        self.v_proj, self.o_proj = base.v_proj, base.o_proj
-        self.q_norm = getattr(base, "q_norm", nn.Identity())  # Qwen3 has them, Llama has not
-        self.k_norm = getattr(base, "k_norm", nn.Identity())
-        groups = config.num_key_value_heads
+        self.layer_idx: int = base.layer_idx
+        self.head_dim: int = base.head_dim
+        self.scaling: float = base.scaling
+        self.attention_dropout: float = base.attention_dropout
+        self.q_proj: nn.Linear = base.q_proj
+        self.k_proj: nn.Linear = base.k_proj
+        self.v_proj: nn.Linear = base.v_proj
+        self.o_proj: nn.Linear = base.o_proj
+        self.q_norm: nn.Module = getattr(base, "q_norm", nn.Identity())  # Qwen3 has norms here, Llama has not
+        self.k_norm: nn.Module = getattr(base, "k_norm", nn.Identity())
+        groups: int = config.num_key_value_heads
         self.deciding_groups = groups if settings.granularity == "head" else 1
         if settings.predictor == "linear":
             self.dms_proj_alpha = nn.Linear(config.hidden_size, groups, bias=self.q_proj.bias is not None)
@@ -59,8 +62,8 @@ class DMSAttention(nn.Module):
                 nn.init.zeros_(parameter)  # untrained: z = -offset, nothing is evicted
             self.dms_proj_alpha_norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
         # The last channel of the first query head of each group (or of each key) is lent to decisions and
-        # takes no part in attention. That holds for one decision per layer too, where only the first one is
-        # read: so does NVIDIA's released code.
+        # takes no part in attention. With one decision per layer only the first group's channel is read, but
+        # every group lends its channel all the same, as in NVIDIA's released code.
         self.borrowed_query_heads = slice(None, None, config.num_attention_heads // groups)
 
     def forward(
@@ -77,11 +80,11 @@ class DMSAttention(nn.Module):
         Args:
             hidden_states: [B, T, hidden], after the layer's input norm.
             position_embeddings: cos and sin, [B or 1, T, D].
-            attention_mask: not read; padding comes in dms_step.
+            attention_mask: not read; dms_step says what is padding.
             past_key_values: the cache to read and extend, or None.
-            dms_step: from the model's pre-forward hook (see modeling_dms.py).
-            dms_residual: [B, T, hidden], the residual stream before the input norm; the linear predictor
-            reads it.
+            dms_step: comes from the model's pre-forward hook (see modeling_dms.py).
+            dms_residual: [B, T, hidden], the residual stream before the input norm, which the linear
+                predictor reads.
 
         Returns:
             [B, T, hidden], and None where transformers expects attention weights.
@@ -94,17 +97,30 @@ class DMSAttention(nn.Module):
         k_BGTD = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         v_BGTD = self.v_proj(hidden_states).view(heads).transpose(1, 2)
 
-        evict_BGT = self.decide(q_BHTD, k_BGTD, dms_residual)
-        # Zero before RoPE, or the decision leaks into channel D/2-1; and after, as RoPE mixes D/2-1 back.
-        q_BHTD, k_BGTD = self._without_borrowed(q_BHTD, k_BGTD)
-        q_BHTD, k_BGTD = apply_rotary_pos_emb(q_BHTD, k_BGTD, *position_embeddings)
-        q_BHTD, k_BGTD = self._without_borrowed(q_BHTD, k_BGTD)
-
-        new = dms_step.new.to(q_BHTD.device)
-        out_BHTD = self.store_and_attend(
-            q_BHTD, k_BGTD, v_BGTD, evict_BGT, new, dms_step.meter, past_key_values
+        out_BHTD = self.decide_and_attend(
+            q_BHTD, k_BGTD, v_BGTD, dms_residual, position_embeddings, dms_step, past_key_values
         )
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1)), None
+
+    def decide_and_attend(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        residual: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        step: DMSStep,
+        cache: DMSCache | None,
+    ) -> Tensor:
+        """[B, H, T, D]: the attention of the new queries, from queries and keys before RoPE.
+
+        Args:
+            residual, position_embeddings, step, cache: as in `forward`.
+        """
+        evict_BGT = self.decide(q_BHTD, k_BGTD, residual)
+        q_BHTD, k_BGTD = self.rotate(q_BHTD, k_BGTD, position_embeddings)
+        new = step.new.to(q_BHTD.device)
+        return self.store_and_attend(q_BHTD, k_BGTD, v_BGTD, evict_BGT, new, step.meter, cache)
 
     def store_and_attend(
         self,
@@ -116,39 +132,41 @@ class DMSAttention(nn.Module):
         meter: KVMeter,
         cache: DMSCache | None,
     ) -> Tensor:
-        """[B, H, T, D]: what the new queries read, once the cache (if any) has the new pairs. Metered.
+        """Store the new pairs in the cache, if there is one, and attend; the meter counts both.
 
         Args:
             q_BHTD, k_BGTD: after RoPE.
             evict_BGT: bool, as `decide` returns it.
+
+        Returns:
+            [B, H, T, D], the attention of the new queries.
         """
         layer = self.layer_idx
-        carries_BT = new.position_BT >= self.settings.lag  # padding, at -1, carries nothing
+        carries_BT = new.position_BT >= self.settings.lag  # padding, at position -1, carries no decision
         meter.record_decisions(layer, (evict_BGT & carries_BT[:, None]).sum(dim=2))
         dropout = self.attention_dropout if self.training else 0.0
         if cache is None:
-            pairs = fresh_pairs(k_BGTD, v_BGTD, evict_BGT, new, self.settings.lag)
-        else:
-            store = cache.layers[layer]
-            # What is in the pages has no gradient, not even for the pair of this token; nor has it dropout.
-            by_pages = not dropout and not (torch.is_grad_enabled() and q_BHTD.requires_grad)
-            pairs = store.extend(k_BGTD, v_BGTD, evict_BGT, new, by_pages)
-            bytes_per_pair = (k_BGTD.shape[-1] + v_BGTD.shape[-1]) * k_BGTD.element_size()
-            meter.record_storage(
-                layer, store.held_BG, bytes_per_pair, store.kv_bytes, store.bookkeeping_bytes
-            )
+            fresh = fresh_pairs(k_BGTD, v_BGTD, evict_BGT, new, self.settings.lag)
+            return attend(q_BHTD, fresh, new, self.settings.window, self.scaling, dropout)
+        store = cache.layers[layer]
+        # Attention over pages has neither dropout nor a gradient, not even for the pair of this token.
+        by_pages = not dropout and not (torch.is_grad_enabled() and q_BHTD.requires_grad)
+        pairs = store.extend(k_BGTD, v_BGTD, evict_BGT, new, by_pages)
+        bytes_per_pair = (k_BGTD.shape[-1] + v_BGTD.shape[-1]) * k_BGTD.element_size()
+        meter.record_storage(layer, store.held_BG, bytes_per_pair, store.kv_bytes, store.bookkeeping_bytes)
         if pairs is None:
             return store.attend(q_BHTD, self.scaling)
         return attend(q_BHTD, pairs, new, self.settings.window, self.scaling, dropout)
 
     def decide(self, q_BHTD: Tensor, k_BGTD: Tensor, residual: Tensor | None) -> Tensor:
-        """[B, G, T] bool: the decision each token carries; z = scale * raw - offset in fp32, evict where z >
-        0.
+        """The decision that each token carries: evict where z = scale * raw - offset > 0, in fp32.
 
         Args:
-            q_BHTD, k_BGTD: after the q- and k-norm, before RoPE and with the borrowed channels still in
-            place.
+            q_BHTD, k_BGTD: after the q- and k-norm, before RoPE, with the borrowed channels still in place.
             residual: [B, T, hidden] before the layer's input norm (linear predictor only).
+
+        Returns:
+            [B, G, T] bool.
         """
         settings = self.settings
         groups = k_BGTD.shape[1]
@@ -164,8 +182,20 @@ class DMSAttention(nn.Module):
             evict_BdT = torch.zeros_like(evict_BdT)
         return evict_BdT.expand(-1, groups, -1)
 
+    def rotate(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys after RoPE, with the borrowed channels at 0.
+
+        The borrowed channel is 0 before RoPE, or the decision would leak into channel D/2-1. It is set to 0
+        again after RoPE, which mixes channel D/2-1 back into it.
+        """
+        q_BHTD, k_BGTD = self._without_borrowed(q_BHTD, k_BGTD)
+        q_BHTD, k_BGTD = apply_rotary_pos_emb(q_BHTD, k_BGTD, *position_embeddings)
+        return self._without_borrowed(q_BHTD, k_BGTD)
+
     def _without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies with the borrowed channels at 0; the other tensor is returned as it came."""
+        """Queries and keys with the borrowed channels at 0; a tensor that lends none is returned as it is."""
         if self.settings.predictor == "query_channel":
             q_BHTD = q_BHTD.clone()
             q_BHTD[:, self.borrowed_query_heads, :, -1].zero_()
@@ -176,8 +206,7 @@ class DMSAttention(nn.Module):
 
 
 def hand_down_residual(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook of a decoder layer: its attention also gets the residual stream that enters the
-    layer."""
+    """Forward pre-hook of a decoder layer: pass the layer's residual stream to its attention."""
     residual = args[0] if args else kwargs["hidden_states"]
     return args, kwargs | {"dms_residual": residual}
 
@@ -187,6 +216,7 @@ def install_attention(
 ) -> None:
     """Replace the attention of every decoder layer, keeping its parameters and their names."""
     for layer in decoder_layers:
-        layer.self_attn = attention_class(layer.self_attn, settings, type(layer.input_layernorm))
+        norm_class = type(layer.get_submodule("input_layernorm"))
+        layer.self_attn = attention_class(layer.self_attn, settings, norm_class)
         if settings.predictor == "linear":
             layer.register_forward_pre_hook(hand_down_residual, with_kwargs=True)

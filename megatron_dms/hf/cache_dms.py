@@ -5,13 +5,13 @@
     cache = model.make_cache()
     model.generate(**inputs, past_key_values=cache)
 
-How pairs are kept and dropped is in cache_layer_dms.py, where they lie in pages_dms.py.
+cache_layer_dms.py says how pairs are kept and dropped, and pages_dms.py where they lie.
 
 Shapes: B sequences, T new tokens.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,11 +25,15 @@ from .stats_dms import KVMeter
 
 
 class DMSCache(Cache):
-    """The layers, how many real tokens each sequence has had, and the meter that counts what it costs.
+    """The layers, the number of real tokens of each sequence, and the meter that counts the cost.
 
-    While `copies` is n > 1, each sequence held stands for n consecutive ones of the batch, which have been
-    the same so far: `generate` computes a prompt once, however many sequences are to follow from it.
+    A new cache holds no sequences. The first forward says how many there are.
+
+    While `copies` is n > 1, each sequence of the cache stands for n consecutive sequences of the batch, which
+    have been the same so far: `generate` computes a prompt once, however many sequences follow from it.
     """
+
+    layers: Sequence[DMSCacheLayer]  # type: ignore[assignment]  # a list of any layers there
 
     def __init__(self, num_layers: int, window: int, lag: int, attend_with: str = "torch") -> None:
         """`window` and `lag` in tokens, as in DMSSettings; `attend_with` is a name in PAGE_ATTENTION."""
@@ -39,32 +43,38 @@ class DMSCache(Cache):
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._seen_B: Tensor | None = None  # changes in place
+        self._seen_B = torch.zeros(0, dtype=torch.int64)  # changes in place
         self.copies = 1
         self.columns = 0
-        self.follows_beams = False  # its rows are a beam search's, in an order of its own
+        self.follows_beams = (
+            False  # whether the rows are the beams of a beam search, in the search's own order
+        )
         self._moving = False
         self.meter = KVMeter(len(self.layers))
 
     @property
-    def seen_B(self) -> Tensor | None:
-        """[B] int64: real tokens each sequence has had, the position of its next one; None before the first.
+    def seen_B(self) -> Tensor:
+        """[B] int64: real tokens that each sequence has had, which is the position of its next token.
 
-        A copy, so that it may be passed as position_ids to the forward that counts on.
+        This is a copy, so that it can be passed as position_ids to the forward that counts on.
         """
-        return None if self._seen_B is None else self._seen_B.clone()
+        return self._seen_B.clone()
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """Every tensor that lives from step to step (of a cache that is not empty). A forward with one token
-        each, without a mask, changes them in place, unless `make_room` is due."""
+        """Every tensor that lives from step to step.
+
+        A forward with one token for each sequence, without a mask, changes them in place, unless `make_room`
+        is due.
+        """
         return (self._seen_B, *self.meter.state, *(part for layer in self.layers for part in layer.state))
 
     def make_room(self, steps: int) -> bool:
-        """See to pages for whatever the next step with one token each appends; a forward does so by itself.
+        """Provide pages for whatever the next step with one token for each sequence appends.
 
-        Where one layer has to grow, all are given room for `steps` more, so that this does not happen again
-        soon in another one. Asks the device only where the known free pages may run out.
+        A forward does this by itself. Where one layer has to grow, all layers get room for `steps` more
+        tokens, so that no other layer has to grow soon. The host waits for the device only where the free
+        pages that it knows of may run out.
 
         Returns:
             Whether pages have moved.
@@ -79,7 +89,7 @@ class DMSCache(Cache):
         return moved
 
     def count_step(self) -> None:
-        """What a step with one token each changes on the host, for one that a CUDA graph replays."""
+        """Count a step with one token for each sequence that a CUDA graph replays."""
         self.columns += 1
         for layer in self.layers:
             layer.count_step()
@@ -87,8 +97,8 @@ class DMSCache(Cache):
     def refuse_if_broken(self) -> None:
         """
         Raises:
-            RuntimeError: a forward or a selection of sequences did not come to its end, so that some layers
-                have it behind them and others not.
+            RuntimeError: a forward or a selection of sequences broke off, so that some layers have finished
+                it and others have not.
         """
         if self._moving or any(layer.columns != self.columns for layer in self.layers):
             raise RuntimeError(
@@ -98,16 +108,16 @@ class DMSCache(Cache):
 
     def refuse_other_batch(self, B: int) -> None:
         """Raises ValueError if the cache holds another number of sequences."""
-        if self._seen_B is not None and len(self._seen_B) != B:
+        if len(self._seen_B) not in (0, B):
             raise ValueError(f"this DMS cache holds {len(self._seen_B)} sequences, the input has {B}")
 
     def give_up(self) -> None:
-        """Call it unusable, until it is reset."""
+        """Declare the cache unusable until it is reset."""
         self._moving = True
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        """If what is within breaks off, the cache is broken."""
+        """Context in which the cache counts as broken: it stays broken if the body raises."""
         self._moving = True
         yield
         self._moving = False
@@ -119,12 +129,12 @@ class DMSCache(Cache):
         return copied
 
     def place(self, B: int, T: int, real_BT: Tensor | None, device: torch.device) -> NewTokens:
-        """Give the T new columns their positions, and count them; once per forward, before any layer."""
-        if self._seen_B is None:
+        """Give the T new columns their positions, and count them: once per forward, before any layer."""
+        if not len(self._seen_B):
             with torch.inference_mode(False):  # see pages_dms.py
                 self._seen_B = torch.zeros(B, dtype=torch.int64, device=device)
         new = NewTokens.place(self.seen_B, T, real_BT)
-        self.columns += T  # first: from here on a forward that breaks off leaves the layers behind
+        self.columns += T  # counted first: from here on a forward that breaks off leaves the layers behind
         self._seen_B += new.count_B
         return new
 
@@ -136,12 +146,11 @@ class DMSCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._seen_B is not None:
-            index = torch.arange(len(self._seen_B) * self.copies, device=self._seen_B.device)
-            self.batch_select_indices(index.repeat_interleave(repeats))
+        index = torch.arange(len(self._seen_B) * self.copies, device=self._seen_B.device)
+        self.batch_select_indices(index.repeat_interleave(repeats))
 
     def fork(self) -> None:
-        """Give each of the `copies` a sequence of its own."""
+        """Give each of the `copies` of a sequence its own pairs."""
         if self.copies > 1:
             self.batch_repeat_interleave(1)
         self.copies = 1
@@ -149,10 +158,10 @@ class DMSCache(Cache):
     @torch.inference_mode(False)
     def batch_select_indices(self, indices: Tensor) -> None:
         self.refuse_if_broken()
-        if self._seen_B is None:
+        if not len(self._seen_B):
             return
         indices = indices.to(self._seen_B.device)
-        with self.moving():  # until layers, counts and meter have all moved
+        with self.moving():  # broken until the layers, the counts and the meter have all moved
             self.meter.match_rows(len(self._seen_B) * self.copies)
             stored = indices // self.copies
             if not torch.equal(stored, torch.arange(len(self._seen_B), device=stored.device)):

@@ -1,10 +1,11 @@
-"""One layer of the cache that forgets: which of its pairs are live, and where a new one goes.
+"""One layer of the cache that forgets: which of its pairs are live, and where a new pair goes.
 
-A pair's position and mark matter while it can still be evicted, that is until it leaves the window. So each
-head has a ring of window + 1 entries, one for each of its latest tokens, with the slot and the mark of its
-pair. A pair that leaves the window is marked, and the new pair takes its slot, or it stays, readable by every
-later query, and the new pair goes to the end of the head's pages. A step therefore looks at two entries of
-the ring per head, however many pairs there are. Keys are stored after RoPE, so their order does not matter.
+The position and the mark of a pair matter while the pair can still be evicted, that is, until it leaves the
+window. Each head therefore has a ring of window + 1 entries, one for each of its latest tokens. An entry has
+the slot and the mark of its token's pair. When a pair leaves the window, there are two cases. If the pair is
+marked, the new pair takes its slot. If it is not, it stays readable by every later query, and the new pair
+goes to the end of the head's pages. A step looks at two entries of the ring per head, however many pairs the
+head has. Keys are stored after RoPE, so their order does not matter.
 
 Shapes: B sequences, G KV heads, N = B * G, R = query heads per KV head, T new tokens, W = window + 1 entries
 of the ring (the token at position p has entry p mod W), K pairs of the fullest head, D head size; positions
@@ -21,7 +22,11 @@ from .sparse_attention_dms import NewTokens, ReadablePairs, arriving_marks, held
 
 
 class DMSCacheLayer(CacheLayerMixin):
-    """The pairs of one attention layer."""
+    """The pairs of one attention layer.
+
+    A new layer holds no sequences. The first forward says how many there are, and in which type and on which
+    device their pairs lie.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -36,29 +41,29 @@ class DMSCacheLayer(CacheLayerMixin):
         self._forget_everything()
 
     def _forget_everything(self) -> None:
-        self.pool: PagePool | None = None
-        self.slot_NW: Tensor | None = None
-        self.marked_NW: Tensor | None = None
         self.groups = 0  # G
-        self.is_initialized = False
         self.columns = 0  # token columns seen, padding included: what transformers calls the sequence length
+        self._hold(0, torch.empty(0), torch.empty(0))
+        self.is_initialized = False
+
+    def _hold(self, heads: int, key_like: Tensor, value_like: Tensor) -> None:
+        """Start with no pairs for that many heads (N); the tensors [..., D] give head sizes, type and
+        device."""
+        self.dtype, self.device = key_like.dtype, key_like.device
+        self.pool = PagePool(heads, key_like, value_like)
+        self.slot_NW = torch.zeros(heads, self.window + 1, dtype=torch.int32, device=self.device)
+        self.marked_NW = torch.zeros(heads, self.window + 1, dtype=torch.bool, device=self.device)
 
     @torch.inference_mode(False)  # see pages_dms.py
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Start with no pairs, in the shape, type and device of [B, G, T, D] states."""
         B, self.groups = key_states.shape[:2]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.pool = PagePool(
-            B * self.groups, key_states, key_states if value_states is None else value_states
-        )
-        ring = (B * self.groups, self.window + 1)
-        self.slot_NW = torch.zeros(ring, dtype=torch.int32, device=self.device)
-        self.marked_NW = torch.zeros(ring, dtype=torch.bool, device=self.device)
+        self._hold(B * self.groups, key_states, key_states if value_states is None else value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(
-            "a DMS cache needs the eviction decisions beside keys and values: it goes with a DMS model only"
+            "a DMS cache needs the eviction decisions beside keys and values: it works with a DMS model only"
         )
 
     def extend(
@@ -73,8 +78,9 @@ class DMSCacheLayer(CacheLayerMixin):
             by_pages: whether None may be returned.
 
         Returns:
-            The pairs; or None after one token each, where the query of each head reads exactly what the head
-            now holds: ask `attend`.
+            The pairs that the new queries may read. After a step with one token for each sequence, the query
+            of each head reads exactly what the head now holds: then the result is None, and `attend`
+            computes the attention.
         """
         if not self.is_initialized:
             self.lazy_initialization(k_BGTD, v_BGTD)
@@ -84,7 +90,7 @@ class DMSCacheLayer(CacheLayerMixin):
                 "keep autocast as it was, or start a new cache"
             )
         pairs = None
-        # The columns last: a layer whose forward failed half-way lags behind the cache.
+        # The columns are counted last: a layer whose forward failed half-way then lags behind the cache.
         if k_BGTD.shape[2] == 1 and new.column_BT is None and by_pages:
             if self.pool.sure_steps == 0:
                 self.pool.make_room()
@@ -96,12 +102,12 @@ class DMSCacheLayer(CacheLayerMixin):
         return pairs
 
     def count_step(self) -> None:
-        """What a step with one token changes on the host; a CUDA graph replays the rest."""
+        """Count a step with one token: this is all that the step changes on the host."""
         self.pool.sure_steps -= 1
         self.columns += 1
 
     def attend(self, q_BHTD: Tensor, scale: float) -> Tensor:
-        """[B, H, 1, D]: attention of one query per head over all pairs held."""
+        """[B, H, 1, D]: the attention of one query per head over all pairs held."""
         B, H, _, D = q_BHTD.shape
         q_NRD = q_BHTD.reshape(B * self.groups, -1, D)
         pool = self.pool
@@ -109,18 +115,19 @@ class DMSCacheLayer(CacheLayerMixin):
         return out_NRD.reshape(B, H, 1, -1)
 
     def _step(self, k_BG1D: Tensor, v_BG1D: Tensor, evict_BG1: Tensor, new: NewTokens) -> None:
-        """One token each: mark, evict, put the new pair into the slot of the evicted one or at the end.
+        """Take in one token for each sequence: mark, evict, and store the new pair.
 
-        Everything in place, and nothing asked of the device: a CUDA graph can replay it.
+        The new pair goes into the slot of the evicted pair, or to the end. Everything happens in place, and
+        the host waits for nothing from the device, so a CUDA graph can replay the step.
         """
         W = self.window + 1
         evict_N1 = evict_BG1.reshape(-1, 1)
         position_N1 = new.position_BT.repeat_interleave(self.groups, dim=0)
         if self.lag:
-            # The pair decided now is in the ring, as lag <= W. Where there is none yet (position < lag), this
-            # is the entry of a token still to come, which will be rewritten with it.
+            # The pair decided now is in the ring, as lag <= W. Where there is no such pair yet (position <
+            # lag), this is the entry of a token still to come, and that token will overwrite it.
             self.marked_NW.scatter_(1, (position_N1 - self.lag) % W, evict_N1)
-        # The pair that leaves the window, W tokens ago, has the entry that the new one gets.
+        # The pair that leaves the window came W tokens ago, and the new pair takes over its entry.
         entry_N1 = position_N1 % W
         reuse_N = (self.marked_NW.gather(1, entry_N1) & (position_N1 >= W))[:, 0]
         slot_N = self.pool.take_one(reuse_N, self.slot_NW.gather(1, entry_N1)[:, 0].long())
@@ -129,9 +136,9 @@ class DMSCacheLayer(CacheLayerMixin):
         self.marked_NW.scatter_(1, entry_N1, evict_N1 if self.lag == 0 else torch.zeros_like(evict_N1))
 
     def _chunk(self, k_BGTD: Tensor, v_BGTD: Tensor, evict_BGT: Tensor, new: NewTokens) -> ReadablePairs:
-        """Many tokens (or padding among them): read all old and all new pairs, keep the live ones."""
+        """Take in many tokens, or padding: all old and new pairs may be read, and the live ones are kept."""
         W = self.window + 1
-        # Entry e has the latest position that is e modulo W; negative: there is no such token yet.
+        # Entry e has the latest position that is e modulo W. It is negative where there is no such token yet.
         latest_N1 = (new.before_B - 1).repeat_interleave(self.groups)[:, None]
         position_NW = latest_N1 - (latest_N1 - torch.arange(W, device=self.device)) % W
         position_NW = position_NW.clamp(min=-1)
@@ -144,8 +151,10 @@ class DMSCacheLayer(CacheLayerMixin):
         return pairs
 
     def _old_pairs(self, position_NW: Tensor) -> ReadablePairs:
-        """Everything held, padded to the fullest head. A pair older than the window stands at position 0
-        without a mark, which is to say that everyone may read it."""
+        """Everything held, padded to the fullest head.
+
+        A pair older than the window gets position 0 and no mark, so that every query may read it.
+        """
         pool = self.pool
         slot_NK, exists_NK = pool.slots_by_head()
         slots = pool.keys_PSD.shape[0] * pool.keys_PSD.shape[1]
@@ -155,7 +164,7 @@ class DMSCacheLayer(CacheLayerMixin):
         position_X[ring_slot_X] = position_NW[in_ring_NW]
         marked_X = torch.zeros(slots, dtype=torch.bool, device=self.device)
         marked_X[ring_slot_X] = self.marked_NW[in_ring_NW]
-        # What is missing is read from a page of another head: zeros, or a NaN there would come through masks.
+        # A missing pair is read from a page of another head. It becomes 0: a NaN would get through the masks.
         absent_NK1 = ~exists_NK[..., None]
         parts_NK = (
             pool.keys_PSD.flatten(0, 1)[slot_NK].masked_fill_(absent_NK1, 0),
@@ -166,9 +175,9 @@ class DMSCacheLayer(CacheLayerMixin):
         return ReadablePairs(*(part.unflatten(0, (-1, self.groups)) for part in parts_NK))
 
     def _keep(self, fresh: ReadablePairs, position_NW: Tensor, new: NewTokens) -> None:
-        """Store the new pairs that are still held after this forward, first in the slots of evicted ones.
+        """Store the new pairs that are still held after this forward, first in the slots of evicted pairs.
 
-        There are at least as many of the former as of the latter, since a head's number of pairs never falls.
+        At least as many pairs are stored as are evicted, since a head's number of pairs never falls.
         """
         W = self.window + 1
         last_B = new.before_B + new.count_B - 1
@@ -193,13 +202,13 @@ class DMSCacheLayer(CacheLayerMixin):
         )
         position_NT = fresh.position_BGK.flatten(0, 1)
         recent_NT = (position_NT >= 0) & (position_NT > last_B.repeat_interleave(self.groups)[:, None] - W)
-        entry_NT = torch.where(recent_NT, position_NT % W, W)  # the others go to a column that is cut off
+        entry_NT = torch.where(recent_NT, position_NT % W, W)  # older tokens go to a column that is cut off
         _scatter(self.slot_NW, entry_NT, slot_NT.int())
         _scatter(self.marked_NW, entry_NT, fresh.marked_BGK.flatten(0, 1))
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """What lives from step to step."""
+        """The tensors that live from step to step."""
         return (*self.pool.state, self.slot_NW, self.marked_NW)
 
     @property
@@ -214,6 +223,7 @@ class DMSCacheLayer(CacheLayerMixin):
 
     @property
     def bookkeeping_bytes(self) -> int:
+        """Bytes of everything else: page owners, slots and marks."""
         return self.pool.bookkeeping_bytes + self.slot_NW.nbytes + self.marked_NW.nbytes
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
@@ -222,14 +232,14 @@ class DMSCacheLayer(CacheLayerMixin):
         return self.columns + length, 0
 
     def get_seq_length(self) -> int:
-        """Token columns seen, not pairs held: transformers derives position ids from it."""
+        """Token columns seen, not pairs held: transformers derives position ids from this number."""
         return self.columns
 
     def get_max_length(self) -> int:
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """Name of get_max_length in transformers 4.57."""
+        """The name of get_max_length in transformers 4.57."""
         return -1
 
     def reset(self) -> None:
@@ -245,7 +255,7 @@ class DMSCacheLayer(CacheLayerMixin):
         raise NotImplementedError("a DMS cache cannot be offloaded; use cache_implementation=None")
 
     def select_sequences(self, index: Tensor) -> None:
-        """Keep, repeat or permute sequences: the B dimension becomes `index` [B'], in a pool of its own."""
+        """Keep, repeat or permute sequences: sequence b of the result is sequence `index[b]` of today."""
         if self.is_initialized:
             groups_G = torch.arange(self.groups, device=self.device)
             head_M = (index.to(self.device)[:, None] * self.groups + groups_G).flatten()
@@ -254,12 +264,12 @@ class DMSCacheLayer(CacheLayerMixin):
 
 
 def fresh_pairs(k_BGTD: Tensor, v_BGTD: Tensor, evict_BGT: Tensor, new: NewTokens, lag: int) -> ReadablePairs:
-    """The T new tokens as pairs, marked as far as this forward already decides them."""
+    """The T new tokens as pairs; those that this forward already decides to evict are marked."""
     position_BGT = new.position_BT[:, None].expand(evict_BGT.shape)
     marked_BGT = arriving_marks(evict_BGT, new, position_BGT, lag)
     return ReadablePairs(k_BGTD, v_BGTD, position_BGT, marked_BGT)
 
 
 def _scatter(ring_NW: Tensor, entry_NT: Tensor, value_NT: Tensor) -> None:
-    """Put values at entries 0 to W - 1; entry W is dropped."""
+    """Write values at entries 0 to W - 1 of the ring; values for entry W are dropped."""
     ring_NW.copy_(torch.nn.functional.pad(ring_NW, (0, 1)).scatter_(1, entry_NT, value_NT)[:, :-1])

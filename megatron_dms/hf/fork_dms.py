@@ -1,8 +1,8 @@
-"""Several sequences from one prompt: it is computed once, and the cache is forked when they part.
+"""Several sequences from one prompt: the prompt is computed once, and the cache is forked when they part.
 
 `generate` repeats each prompt n = max(num_beams, num_return_sequences) times, row after row. Until the first
-step with one token, the model's pre-forward hook takes every n-th row only, and the hook after it repeats the
-hidden states, so that logits and sampling see the whole batch. `DMSCache.copies` is n for so long.
+step with one token, the model's pre-forward hook passes on only every n-th row. Its post-forward hook repeats
+the hidden states, so that logits and sampling see the whole batch. Until then, `DMSCache.copies` is n.
 
 Shapes: B rows of the caller's batch, T new tokens.
 """
@@ -18,10 +18,10 @@ ROW_INPUTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 
 
 def first_of_equal_rows(inputs: dict[str, Any], cache: DMSCache, B: int, T: int) -> int:
-    """Leave one row of each `cache.copies` in `inputs`; or fork the cache, where rows differ or T is 1.
+    """Keep one row in `inputs` for each `cache.copies` rows, or fork the cache if rows differ or T is 1.
 
     Returns:
-        How many rows each one left stands for.
+        The number of rows that each row in `inputs` now stands for.
     """
     n = cache.copies
     of_rows = {
@@ -29,8 +29,8 @@ def first_of_equal_rows(inputs: dict[str, Any], cache: DMSCache, B: int, T: int)
         for name in ROW_INPUTS
         if isinstance(value := inputs.get(name), Tensor) and value.shape[0] == B
     }
-    counted_apart = cache.meter.rows is not None and cache.meter.rows != len(cache.seen_B)
-    as_tuple = inputs.get("return_dict") is False  # has no names for what would be repeated
+    counted_apart = cache.meter.rows not in (0, len(cache.seen_B))
+    as_tuple = inputs.get("return_dict") is False  # a tuple does not name the hidden states to repeat
     if (
         T == 1
         or counted_apart
@@ -45,7 +45,7 @@ def first_of_equal_rows(inputs: dict[str, Any], cache: DMSCache, B: int, T: int)
 
 
 def repeat_rows(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of the base model: give the caller as many rows as it passed."""
+    """Forward hook of the base model: return as many rows as the caller passed."""
     n = kwargs["dms_step"].copies
     if n > 1:
         for name in ("last_hidden_state", "hidden_states"):
@@ -56,7 +56,7 @@ def repeat_rows(model: nn.Module, args: tuple, kwargs: dict[str, Any], output: A
 
 def _repeated(states: Tensor | tuple[Tensor, ...], n: int) -> Tensor | tuple[Tensor, ...]:
     if isinstance(states, tuple):
-        return tuple(_repeated(part, n) for part in states)
+        return tuple(part.repeat_interleave(n, dim=0) for part in states)
     return states.repeat_interleave(n, dim=0)
 
 

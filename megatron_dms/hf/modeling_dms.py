@@ -4,16 +4,18 @@
     model.generate(**inputs)
     model.last_kv_stats.achieved_cr
 
-Each class is transformers' own model with its attention layers replaced; everything else (MLP, norms, RoPE,
-loading) stays the base model's. Where this file leans on transformers beyond documented extension points
-(checked with 4.57.1 and 5.23): the overridden methods `_prepare_cache_for_generation` and
-`_get_stopping_criteria`; a 4D attention mask is passed on as it is; unknown keywords of the base model's
-forward reach its decoder layers and their self_attn.
+Each class is transformers' own model with its attention layers replaced. Everything else (MLP, norms, RoPE,
+loading) is the base model's. This file depends on behaviour of transformers beyond its documented extension
+points (checked with 4.57.1 and 5.23) in these places: the methods `_prepare_generated_length`,
+`_prepare_cache_for_generation` and `_get_stopping_criteria` are overridden; the base model passes on a 4D
+attention mask unchanged; unknown keywords of the base model's forward reach its decoder layers and their
+self_attn.
 
-(This file is copied flat into every exported checkpoint: relative imports, torch and transformers only.)
+(This file is copied flat into every exported checkpoint: it uses relative imports, torch and transformers
+only.)
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +27,8 @@ from transformers.utils import logging
 from .attention_dms import DMSAttention, DMSStep, install_attention
 from .cache_dms import DMSCache
 
-# From a local folder transformers 4.57 takes along only the files that this one imports. Those that others
-# import stand here for that reason alone.
+# From a local folder, transformers 4.57 copies only the files that this file imports. The imports marked F401
+# are here for that reason alone.
 from .cache_layer_dms import DMSCacheLayer  # noqa: F401
 from .configuration_dms import DMSSettings
 from .fork_dms import first_of_equal_rows, repeat_rows
@@ -51,16 +53,27 @@ from .refusals_dms import (
 from .sparse_attention_dms import NewTokens
 from .stats_dms import KVMeter, KVStats
 
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
+
+    class CausalLM(PreTrainedModel, GenerationMixin):
+        """What every class below has beside the mixin: a causal LM of transformers."""
+
+        model: Any
+        """The family's base model, such as a LlamaModel."""
+else:
+    CausalLM = object
+
 logger = logging.get_logger(__name__)
 
-# The order in which all families' base models take them, in case a caller passes them by position.
+# The order in which every family's base model takes these inputs, for callers that pass them by position.
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
 
 
-class DMSForCausalLM:
+class DMSForCausalLM(CausalLM):
     """Mixin that turns a transformers causal LM into its DMS version; goes before it in the list of bases."""
 
-    _supports_flash_attn = False  # a query's mask differs between KV heads, which only SDPA's mask can say
+    _supports_flash_attn = False  # the masks of a query differ between KV heads, which only SDPA can express
     _supports_flex_attn = False
     _supports_attention_backend = False
     _can_compile_fullgraph = False
@@ -73,7 +86,7 @@ class DMSForCausalLM:
         refuse_sliding_layers(config)
         self.max_positions = max_positions(config)
         self.page_attention = "torch"
-        """Which of PAGE_ATTENTION (see page_attention_dms.py) the caches of this model are made with."""
+        """The name in PAGE_ATTENTION (page_attention_dms.py) of the implementation that new caches use."""
         self._dms_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings, self._attention_class)
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
@@ -89,13 +102,14 @@ class DMSForCausalLM:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but a missing or extra predictor tensor is an error: all depends on it."""
+        """As in transformers, but a missing or extra predictor tensor is an error: eviction depends on it."""
         if kwargs.get("tp_plan") is not None:
             raise ValueError(
                 f"tp_plan={kwargs['tp_plan']!r} is not supported by DMS models; use device_map instead"
             )
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for problem in ("missing_keys", "unexpected_keys"):
             tensors = sorted(key for key in info[problem] if ".dms_proj_alpha" in key)
             if tensors:
@@ -107,7 +121,7 @@ class DMSForCausalLM:
 
     @property
     def last_kv_stats(self) -> KVStats | None:
-        """Cost of the cache used last, over its whole life, or of the last forward without one."""
+        """The cost of the cache used last, over its whole life, or of the last forward if it had no cache."""
         return None if self._dms_meter is None else self._dms_meter.stats()
 
     def make_cache(self) -> DMSCache:
@@ -116,7 +130,7 @@ class DMSForCausalLM:
         return DMSCache(len(self.model.layers), settings.window, settings.lag, self.page_attention)
 
     def graphed_step(self, cache: DMSCache) -> GraphedStep:
-        """Decode steps on `cache` as a CUDA graph; see graph_dms.py."""
+        """A function that runs decode steps on `cache` as a CUDA graph; see graph_dms.py."""
         return GraphedStep(self, cache)
 
     # ---- one forward ----
@@ -124,9 +138,9 @@ class DMSForCausalLM:
     def _prepare_step(
         self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Forward pre-hook of the base model: settle the cache, and say where each token stands.
+        """Forward pre-hook of the base model: settle the cache, and give each token its position.
 
-        A hook, because that serves `model(...)`, `model.model(...)` and `generate` with no forward rewritten.
+        As a hook it serves `model(...)`, `model.model(...)` and `generate`, and no forward is rewritten.
         """
         inputs = kwargs | dict(zip(MODEL_INPUTS, args, strict=False))
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
@@ -137,20 +151,20 @@ class DMSForCausalLM:
         if T == 0:
             raise ValueError("the input has no tokens")
         cache = self._settle_cache(inputs)
-        copies = 1 if cache is None else cache.copies
-        if copies > 1:
-            copies = first_of_equal_rows(inputs, cache, B, T)
-            B //= copies
+        copies, past = 1, 0
         if cache is not None:
+            if cache.copies > 1:
+                copies = first_of_equal_rows(inputs, cache, B, T)
+                B //= copies
             cache.refuse_other_batch(B)
-        past = 0 if cache is None else cache.get_seq_length()
+            past = cache.get_seq_length()
         mask = inputs.get("attention_mask")
         real_BT = _real_tokens(mask, B, T, past, tokens.device)
         refuse_packed(inputs.get("position_ids"), real_BT, T)
-        if past + T > self.max_positions:  # columns: only now does it matter how many of them are padding
+        if past + T > self.max_positions:  # only now does it matter how many of the columns are padding
             refuse_positions(self.max_positions, cache, T, real_BT)
         if cache is None:
-            meter = self._meter_class(len(model.layers))
+            meter = self._meter_class(len(self.model.layers))
             new = NewTokens.place(torch.zeros(B, dtype=torch.int64, device=tokens.device), T, real_BT)
         else:
             meter = cache.meter
@@ -161,13 +175,13 @@ class DMSForCausalLM:
         self._dms_meter = meter
         inputs["past_key_values"] = cache
         inputs["dms_step"] = DMSStep(new, meter, copies)
-        # Nobody reads this mask. It is 4D because transformers passes such a mask on as it is, where it would
-        # else build one of [B, 1, T, S].
+        # Nobody reads this mask. It is 4D because transformers passes a 4D mask on unchanged, and would
+        # otherwise build a mask of [B, 1, T, S].
         inputs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
         return (), inputs
 
     def _settle_cache(self, inputs: dict[str, Any]) -> DMSCache | None:
-        """The DMS cache of this forward: the caller's, a new one, or None where no cache is wanted."""
+        """The DMS cache of this forward: the caller's, a new one, or None if no cache is wanted."""
         cache = inputs.get("past_key_values")
         if isinstance(cache, DMSCache):
             cache.refuse_if_broken()
@@ -188,13 +202,16 @@ class DMSForCausalLM:
     # ---- generate ----
 
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
-        """Called once by `generate`, which knows the prompt here. Its generation_config, a copy made for the
-        call, takes along what the next two methods need."""
+        """Called once by `generate`, at a point where it knows the prompt.
+
+        The generation_config is a copy made for the call; it carries what the next two methods need.
+        """
         is_text = kwargs["model_input_name"] == "input_ids"
         generation_config._dms_prompt_columns = kwargs["input_ids_length"] if is_text else None
-        return super()._prepare_generated_length(generation_config, *args, **kwargs)
+        # transformers types `self` here as a protocol of its own, which no nn.Module matches.
+        return super()._prepare_generated_length(generation_config, *args, **kwargs)  # type: ignore[misc]
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # typed `-> bool` there, but returns nothing
         self,
         generation_config,
         model_kwargs: dict[str, Any],
@@ -217,18 +234,18 @@ class DMSForCausalLM:
             cache.meter.restart_sequences()
             several = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             if cache.get_seq_length() == 0:
-                # Each prompt comes this many times over, and is computed once: see fork_dms.py.
+                # Each prompt comes this many times and is computed once: see fork_dms.py.
                 cache.copies = several
             cache.follows_beams = (generation_config.num_beams or 1) > 1
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs) -> StoppingCriteriaList:
-        """Called once by `generate`; what it returns is asked after every token, which is when to count."""
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        """Called once by `generate`, which asks the result after every token: that is the time to count."""
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
         follows_beams = (generation_config.num_beams or 1) > 1
         return CountingCriteria(criteria, self, generation_config._dms_meter, follows_beams)
 
-    def generate_batch(self, *args, **kwargs) -> None:
-        """Continuous batching of transformers."""
+    def generate_batch(self, *args, **kwargs) -> NoReturn:
+        """Refuse transformers' continuous batching."""
         raise NotImplementedError(
             "generate_batch and cache_implementation='paged' are not supported by DMS models: they bring a "
             "paged cache of their own; use generate with a padded batch"
@@ -236,7 +253,7 @@ class DMSForCausalLM:
 
 
 class CountingCriteria(StoppingCriteriaList):
-    """The stopping criteria of one `generate`; they also tell the meter that a token came, and who ended."""
+    """The stopping criteria of one `generate`, which also tell the meter about each token and each end."""
 
     def __init__(
         self,
@@ -245,7 +262,7 @@ class CountingCriteria(StoppingCriteriaList):
         meter: KVMeter | None,
         follows_beams: bool,
     ) -> None:
-        """`meter` is that of the cache, None where there is none of ours at the start."""
+        """`meter` is the meter of the cache, or None if `generate` starts without a DMS cache."""
         super().__init__(criteria)
         self.model = model
         self.meter = meter
@@ -253,19 +270,19 @@ class CountingCriteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         ended_B = super().__call__(input_ids, scores, **kwargs)
-        if self.meter is not None:  # with guidance_scale the latest forward was another branch's
+        if self.meter is not None:  # with guidance_scale, the latest forward was that of another branch
             self.model._dms_meter = self.meter
         meter = self.meter or self.model._dms_meter
-        if meter.has_storage:
-            if not self.follows_beams:  # there ended_B has a row for each candidate
+        if meter is not None and meter.has_storage:
+            if not self.follows_beams:  # a beam search has a row of ended_B for each candidate
                 meter.match_rows(len(ended_B))
-            # A beam that ends is replaced by another one: its slot goes on.
+            # Another beam replaces a beam that ends, so the beam's slot goes on.
             meter.count_generated(None if self.follows_beams else ended_B)
         return ended_B
 
 
 class LlamaForCausalLMDMS(DMSForCausalLM, LlamaForCausalLM):
-    """Llama with DMS; also what has Llama's config and weights (SmolLM2, TinyLlama and the like)."""
+    """Llama with DMS, and models with Llama's config and weights (SmolLM2, TinyLlama and the like)."""
 
 
 class MistralForCausalLMDMS(DMSForCausalLM, MistralForCausalLM):
@@ -281,10 +298,10 @@ class Qwen3ForCausalLMDMS(DMSForCausalLM, Qwen3ForCausalLM):
 
 
 def _real_tokens(mask: Tensor | None, B: int, T: int, past: int, device: torch.device) -> Tensor | None:
-    """[B, T] bool, False for padding among the new tokens; None where there is none.
+    """[B, T] bool, False for padding among the new tokens; None if none of them is padding.
 
     Args:
-        mask: what the caller passed as attention_mask: [B, past + T], 1 for real tokens, or None.
+        mask: the attention_mask that the caller passed: [B, past + T], 1 for real tokens, or None.
     """
     if mask is None:
         return None

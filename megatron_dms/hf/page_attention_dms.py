@@ -1,13 +1,13 @@
 """Attention of one new token over pages: every head reads its own pairs, as many as it has, and no others.
 
-Heads differ in how many pairs they hold, so a batched product over heads would be as wide as the fullest one.
-The pages of all heads are of one size, so the products run over pages, and a softmax joined over the pages of
-a head puts the pieces together.
+Heads hold different numbers of pairs, so a batched product over heads would be as wide as the fullest head.
+The pages of all heads have the same size. The products therefore run over pages, and a softmax that is joined
+over the pages of each head puts the pieces together.
 
     attend = page_attention("torch")
     out_NRD = attend(q_NRD, keys_PSD, values_PSD, owner_P, fill_P, scale)
 
-"torch" runs anywhere and is the default; "triton" is a kernel for CUDA (page_kernel_dms.py), chosen by
+"torch" runs anywhere and is the default. "triton" is a kernel for CUDA (page_kernel_dms.py); choose it with
 
     model.page_attention = "triton"
 
@@ -34,14 +34,14 @@ def attend_pages(
 
     Args:
         q_NRD: the query heads that share each KV head.
-        keys_PSD, values_PSD: slots from `fill_P` on are not read, but must be finite; the last sizes may
-            differ.
-        owner_P: int64, the head a page belongs to, N for a free page.
-        fill_P: integers, pairs in the page.
+        keys_PSD, values_PSD: slots from `fill_P` on do not count, but must be finite. Keys and values may
+            have different head sizes.
+        owner_P: int64, the head that a page belongs to, N for a free page.
+        fill_P: integers, the number of pairs in the page.
         scale: factor on the scores.
 
     Returns:
-        [N, R, D] in the type of q; 0 for a head without pairs.
+        [N, R, D] in the type of q, 0 for a head without pairs.
     """
     weight_PRS, sum_NR = weigh_pages(q_NRD, keys_PSD, owner_P, fill_P, scale)
     return join_pages(weight_PRS, sum_NR, values_PSD, owner_P).to(q_NRD.dtype)
@@ -50,22 +50,22 @@ def attend_pages(
 def weigh_pages(
     q_NRD: Tensor, keys_PSD: Tensor, owner_P: Tensor, fill_P: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention weights before their division by the sum; arguments as above.
+    """Attention weights before their division by the sum; the arguments are those of `attend_pages`.
 
     Returns:
-        [P, R, S], 0 where there is no pair, and their sums [N + 1, R] over the pairs of each head; the last
-        row is nobody's. Both in fp32, or in fp64 for fp64.
+        The weights [P, R, S], 0 where there is no pair, and their sums [N + 1, R] over the pairs of each
+        head. The last row of the sums belongs to no head. Both are in fp32, or in fp64 for fp64 inputs.
     """
     N, R, _ = q_NRD.shape
     P, S, _ = keys_PSD.shape
     exact = torch.float64 if q_NRD.dtype == torch.float64 else torch.float32
-    # Row N is everything's that belongs to nobody: free pages need no case of their own.
+    # Row N belongs to no head. The free pages own it, so that they need no case of their own.
     q_PRD = torch.cat([q_NRD * scale, q_NRD.new_zeros(1, *q_NRD.shape[1:])])[owner_P]
     score_PRS = torch.bmm(q_PRD, keys_PSD.transpose(1, 2)).to(exact)
     empty_PS = torch.arange(S, device=fill_P.device) >= fill_P[:, None]
     score_PRS = score_PRS.masked_fill(empty_PS[:, None], -torch.inf)
 
-    # Starting at the lowest finite number, not at -inf: exp(-inf - (-inf)) is NaN in a page without pairs.
+    # Maxima start at the lowest finite number: in a page without pairs, exp(-inf - (-inf)) would be NaN.
     lowest_NR = torch.full((N + 1, R), torch.finfo(exact).min, dtype=exact, device=q_NRD.device)
     top_NR = lowest_NR.scatter_reduce(0, owner_P[:, None].expand(P, R), score_PRS.amax(dim=2), "amax")
     weight_PRS = (score_PRS - top_NR[owner_P][..., None]).exp()
@@ -73,10 +73,10 @@ def weigh_pages(
 
 
 def join_pages(weight_PRS: Tensor, sum_NR: Tensor, values_PSD: Tensor, owner_P: Tensor) -> Tensor:
-    """[N, R, D]: the values under these weights and sums, as `weigh_pages` returns them, in their type."""
+    """[N, R, D]: the values averaged with the weights and sums of `weigh_pages`, in the type of the sums."""
     part_PRD = torch.bmm(weight_PRS.to(values_PSD.dtype), values_PSD).to(sum_NR.dtype)
     out_NRD = part_PRD.new_zeros(*sum_NR.shape, values_PSD.shape[-1]).index_add_(0, owner_P, part_PRD)
-    # The sum is at least 1 where there is a pair, as the highest score has weight 1.
+    # The sum is at least 1 in a head with a pair, as the highest score has weight 1.
     return out_NRD[:-1] / sum_NR[:-1, :, None].clamp(min=0.5)
 
 
@@ -87,7 +87,7 @@ def page_attention(name: str) -> PageAttention:
     """The implementation of that name.
 
     Raises:
-        ValueError: there is none; nothing else is taken in its place.
+        ValueError: there is no implementation of that name; no other one is taken in its place.
     """
     if name not in PAGE_ATTENTION:
         raise ValueError(f"page attention is {name!r}, expected one of {sorted(PAGE_ATTENTION)}")

@@ -1,12 +1,13 @@
 """One decode step of attention over paged keys and values, as two Triton kernels (CUDA).
 
-The first kernel runs one program per page. All R query heads of a group share its loads of keys and values;
-it leaves the page's softmax unfinished: the largest score, the sum of exp(score - largest) and the values
-weighted with the same. The second puts the pages of each head together, in the order of their indices, so
-that a result is bit for bit the same however the programs happen to be scheduled.
+The first kernel runs one program per page. All R query heads of a group share the program's loads of keys and
+values. The program leaves the page's softmax unfinished: it writes the largest score, the sum of
+exp(score - largest), and the sum of the values with these weights. The second kernel joins the pages of each
+head, in the order of their indices, so that a result is bit for bit the same however the programs are
+scheduled.
 
-Nothing here waits for the device, and every shape depends on shapes only: the step can be captured in a CUDA
-graph, once one call has compiled the kernels. Without a GPU the same code runs, slowly, in Triton's
+Nothing here waits for the device, and every shape depends on shapes only. The step can be captured in a CUDA
+graph once one call has compiled the kernels. Without a GPU the same code runs, slowly, in Triton's
 interpreter: set TRITON_INTERPRET=1 before triton is imported.
 
 Shapes: N heads (sequence x KV head), R query heads per KV head, D head size, P pages of S pairs each.
@@ -20,27 +21,27 @@ from torch import Tensor
 
 
 class _BeforeImport:
-    """Stands in for triton.language until the first call: what the kernels' signatures read of it."""
+    """Stand-in for triton.language until the first call; the kernels' signatures read only this name."""
 
     constexpr = "constexpr"
 
 
 tl: Any = _BeforeImport
-"""triton.language, set by _kernels: an exported model must load where triton is not installed. It is a global
-because triton looks the names of a kernel's body up among the globals of its module."""
+"""triton.language, set by _kernels, because an exported model must load where triton is not installed. It is
+a global because triton looks up the names in a kernel's body among the globals of the kernel's module."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_PAGE, MAX_PAGE = 16, 256
 """Pairs in a page."""
 MAX_HEAD_SIZE = 256
 MAX_QUERY_HEADS = 32
-"""Query heads per KV head: their fp32 sums [R, D] stay in registers."""
+"""The most query heads per KV head: their fp32 sums [R, D] stay in registers."""
 MIN_DOT_SIDE = 16
-"""Each side of what tl.dot takes; fewer query heads or channels are padded with zeros."""
+"""The least size of each side of an operand of tl.dot; fewer heads or channels are padded with zeros."""
 TILE_BYTES = 16384
 """Bytes of keys (and of values) that a program of the first kernel holds at a time."""
 COMBINED_PAGES, COMBINED_CHANNELS = 128, 32
-"""Tile of the second kernel. Few channels, so that one long sequence still gives many programs."""
+"""The tile of the second kernel. It has few channels, so that one long sequence still gives many programs."""
 
 
 def attend_pages_triton(
@@ -51,17 +52,18 @@ def attend_pages_triton(
     Args:
         q_NRD: queries of one new token per sequence; float32, bfloat16 or float16.
         keys_PSD, values_PSD: the pool, in the type of q. D is a multiple of 8 up to 256, S a power of two
-        from 16 to 256. The pages of a head may stand anywhere.
-        owner_P: int64, the head 0..N-1 a page belongs to; any other number, N by custom, is a free page.
-        fill_P: int32, valid pairs of the page, the first ones; the rest is never loaded, and may be NaN.
+            from 16 to 256. The pages of a head may stand anywhere.
+        owner_P: int64, the head 0..N-1 that a page belongs to; any other number, N by custom, means free.
+        fill_P: int32, the number of valid pairs of the page, from its start. The others are never loaded, and
+            may be NaN.
         scale: multiplies the scores.
 
     Returns:
-        [N, R, D] in the type of q; 0 for a head without pairs. No gradient flows through it.
+        [N, R, D] in the type of q, 0 for a head without pairs. No gradient flows through it.
 
     Raises:
-        ValueError: a shape, type, device or memory layout the kernels cannot take, or an input that
-        requires a gradient. Numbers in owner_P and fill_P are not checked: that would wait for the device.
+        ValueError: the kernels cannot take a shape, type, device or memory layout, or an input requires a
+            gradient. Numbers in owner_P and fill_P are not checked: that would wait for the device.
         ImportError: triton is not installed.
     """
     attend_page, combine_pages, interpreted = _kernels()
@@ -74,11 +76,11 @@ def attend_pages_triton(
     peak_PR = q_NRD.new_empty(P, R, dtype=torch.float32)
     total_PR = torch.empty_like(peak_PR)
     sum_PRD = q_NRD.new_empty(P, R, D, dtype=torch.float32)
-    # Stable: the pages of a head are added up by index, in one order. 32 bits halve the sort's passes.
+    # The sort is stable, so that a head's pages are added in index order. 32 bits halve the sort's passes.
     sorted_P, order_P = torch.sort(owner_P.to(torch.int32), stable=True)
     head_bounds = torch.arange(N + 1, dtype=torch.int32, device=owner_P.device)
     first_N1 = torch.searchsorted(sorted_P, head_bounds, out_int32=True)  # head n: first[n] .. first[n + 1]
-    # Triton launches on the current device, which is another one in a model spread over several.
+    # Triton launches on the current device, which may be another one if the model is spread over several.
     with torch.cuda.device_of(q_NRD):
         attend_page[(P,)](
             q_NRD, keys_PSD, values_PSD, owner_P, fill_P, peak_PR, total_PR, sum_PRD, float(scale), N,
@@ -91,14 +93,14 @@ def attend_pages_triton(
 
 
 def page_constants(R: int, S: int, D: int, element_size: int) -> dict[str, int]:
-    """Compile-time constants and launch options of the first kernel; element_size in bytes."""
+    """Compile-time constants and launch options of the first kernel; element_size is in bytes."""
     R_PAD, D_PAD = (max(MIN_DOT_SIDE, _power_of_two(size)) for size in (R, D))
     tile_rows = TILE_BYTES // (D_PAD * element_size)
-    # A page is one tile, or a few: nothing to pipeline, and stages would only take shared memory. Two warps
-    # are enough to load 8 KiB.
+    # A page is one tile, or a few. There is nothing to pipeline, and stages would only take shared memory.
+    # Two warps are enough to load 8 KiB.
     BLOCK_S = max(MIN_DOT_SIDE, min(S, tile_rows))
     num_warps = 2 if BLOCK_S * D_PAD * element_size <= TILE_BYTES // 2 else 4
-    if element_size == 4:  # no tensor cores: the products' operands sit in registers, and would spill
+    if element_size == 4:  # no tensor cores: the operands of the products are in registers, and would spill
         BLOCK_S, num_warps = MIN_DOT_SIDE, 8
     tile = {"R_PAD": R_PAD, "D_PAD": D_PAD, "BLOCK_S": BLOCK_S}
     return {"R": R, "S": S, "D": D} | tile | {"num_warps": num_warps, "num_stages": 1}
@@ -111,19 +113,19 @@ def combine_constants(R: int, D: int) -> dict[str, int]:
 
 
 class Kernels(NamedTuple):
-    """The two kernels behind triton.jit."""
+    """The two kernels after triton.jit."""
 
     attend_page: Any
     combine_pages: Any
     interpreted: bool
-    """True with TRITON_INTERPRET=1: the kernels run on the CPU."""
+    """True if TRITON_INTERPRET=1, which runs the kernels on the CPU."""
 
 
 @functools.cache
 def _kernels() -> Kernels:
-    """Import triton and hand it the kernels, once."""
+    """Import triton and pass it the kernels, once."""
     global tl
-    # `try` also tells transformers, which refuses an export if a package it imports elsewhere is missing.
+    # transformers refuses an export if a package that it imports is missing, unless the import is in a `try`.
     try:
         import triton
         import triton.language
@@ -132,7 +134,8 @@ def _kernels() -> Kernels:
             "attend_pages_triton needs triton, which comes with PyTorch for CUDA on Linux; install triton"
         ) from error
     tl = triton.language
-    # The number of heads changes with the batch; 1 and multiples of 16 would otherwise be compiled anew.
+    # The number of heads changes with the batch. Triton would otherwise compile again for 1 and for multiples
+    # of 16.
     attend_page = triton.jit(_attend_page, do_not_specialize=["heads"])
     return Kernels(attend_page, triton.jit(_combine_pages), not isinstance(attend_page, triton.JITFunction))
 
@@ -140,7 +143,7 @@ def _kernels() -> Kernels:
 def _check(
     q_NRD: Tensor, keys_PSD: Tensor, values_PSD: Tensor, owner_P: Tensor, fill_P: Tensor, interpreted: bool
 ) -> None:
-    """Refuse with a ValueError what the kernels would misread: they see addresses only."""
+    """Raise a ValueError for inputs that the kernels would misread, as they see only addresses."""
     if q_NRD.dim() != 3 or keys_PSD.dim() != 3:
         raise ValueError(
             f"q_NRD is {list(q_NRD.shape)} and keys_PSD is {list(keys_PSD.shape)}, expected [N, R, D] and "
@@ -210,7 +213,7 @@ def _attend_page(
     BLOCK_S: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Triton: one page against the queries of its head. Writes peak [P, R], total [P, R], sum [P, R, D]."""
+    """Triton kernel for one page and its head's queries. Writes peak [P, R], total [P, R], sum [P, R, D]."""
     page = tl.program_id(0).to(tl.int64)  # 64 bits: a pool may have more than 2**31 elements
     owner = tl.load(owner_ptr + page)
     if (owner >= 0) & (owner < heads):
@@ -229,13 +232,13 @@ def _attend_page(
             s = start + tl.arange(0, BLOCK_S)
             offset_SD = page * (S * D) + s[:, None] * D + d[None, :]
             valid_SD = (s[:, None] < fill) & (d[None, :] < D)
-            # Masked loads, not only masked scores: 0 * NaN would be NaN.
+            # The loads are masked, not only the scores: 0 * NaN would be NaN.
             k_SD = tl.load(keys_ptr + offset_SD, mask=valid_SD, other=0.0)
             v_SD = tl.load(values_ptr + offset_SD, mask=valid_SD, other=0.0)
-            # "ieee": the default would cut fp32 to TF32's 10 bits.
+            # "ieee", because the default would cut fp32 to the 10 bits of TF32.
             score_RS = tl.dot(q_RD, tl.trans(k_SD.to(dot_type)), input_precision="ieee") * scale
             score_RS = tl.where(s[None, :] < fill, score_RS, float("-inf"))
-            new_peak_R = tl.maximum(peak_R, tl.max(score_RS, axis=1))  # finite: start < fill, one is valid
+            new_peak_R = tl.maximum(peak_R, tl.max(score_RS, axis=1))  # finite: as start < fill, one is valid
             shrink_R = tl.exp(peak_R - new_peak_R)
             weight_RS = tl.exp(score_RS - new_peak_R[:, None])
             total_R = total_R * shrink_R + tl.sum(weight_RS, axis=1)
@@ -260,7 +263,7 @@ def _combine_pages(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Triton: some channels of one query head, over the pages of its KV head. Writes out [N, R, D]."""
+    """Triton kernel for some channels of one query head, over its KV head's pages. Writes out [N, R, D]."""
     query = tl.program_id(0).to(tl.int64)  # head * R + r
     head = query // R
     begin = tl.load(first_ptr + head)
@@ -277,13 +280,13 @@ def _combine_pages(
         mask_PD = (i[:, None] < end) & (d[None, :] < D)
         sum_PD = tl.load(sum_ptr + row_P[:, None] * D + d[None, :], mask=mask_PD, other=0.0)
         new_peak = tl.maximum(peak, tl.max(peak_P, axis=0))
-        # Pages with no valid pair have peak -inf, and -inf - -inf would be NaN.
+        # Pages without a valid pair have the peak -inf, and -inf - -inf would be NaN.
         finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp(peak - finite_peak)
         share_P = tl.exp(peak_P - finite_peak)
         total = total * shrink + tl.sum(total_P * share_P, axis=0)
         sum_D = sum_D * shrink + tl.sum(sum_PD * share_P[:, None], axis=0)
         peak = new_peak
-    # A head without pairs has 0 / 0. Compared with 0, not with > 0: NaN in a valid pair must stay visible.
+    # A head without pairs would give 0 / 0. The test is == 0, not > 0: a valid pair's NaN must stay visible.
     out_D = sum_D / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + query * D + d, out_D.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,12 +1,12 @@
-"""Where the pairs of one layer lie: pages of equal size, each of one head, in one pool for all heads.
+"""Where the pairs of one layer lie: in pages of equal size, each owned by one head, in one pool for all.
 
-A head takes a page when its last one is full, so heads that keep few pairs do not pay for those that keep
-many. Pages are handed out in ascending order and are never given back within a sequence (the number of pairs
-a head holds never falls), hence: all pages of a head are full but its last one, the last one is the highest,
-and free pages are at the end.
+A head takes a page when its last page is full, so heads that keep few pairs take little memory. Pages are
+handed out in ascending order and are never given back within a sequence, because the number of pairs that a
+head holds never falls. Hence all pages of a head but its last one are full, the last page has the highest
+number, and the free pages are at the end.
 
-All tensors are allocated outside of torch.inference_mode, so that a cache may cross its borders, and change
-in place, so that a CUDA graph can replay a step. Only a growth and a selection of heads move them.
+All tensors are allocated outside of torch.inference_mode, so that a cache works in it and outside. They
+change in place, so that a CUDA graph can replay a step. Only a growth and a selection of heads move them.
 
 Shapes: N heads (sequence times KV head), P pages, S slots of a page, D head size, K pairs of the fullest
 head, T new tokens. A *slot* of the pool is page * S + place in the page; the *index* of a pair counts the
@@ -19,27 +19,27 @@ from torch import Tensor
 PAGE_SIZE = 64
 """Pairs in a page. Half a page per head stays empty on average; 32 and 128 are not faster (on a CPU)."""
 GROWTH = 16
-"""The pool grows by a 16th: it is at most that much larger than what the heads have needed."""
+"""The pool grows by a 16th, so it is at most a 16th larger than the heads have needed."""
 MIN_GROWTH = 2
-"""Pages added at a time, at least."""
+"""The least number of pages that are added at a time."""
 STEPS_AHEAD = 8
-"""A growth makes room for so many pairs in every head: else steps would ask the device too often."""
+"""A growth makes room for this many pairs in every head, so that steps seldom wait for the device."""
 
 
 def allocate(pages: int, like_PSD: Tensor) -> Tensor:
-    """[pages, S, D] of zeros. (Not uninitialised: attention weighs empty slots by 0, and 0 * NaN is NaN.)"""
+    """[pages, S, D] of zeros: attention gives empty slots the weight 0, and 0 * NaN would be NaN."""
     return like_PSD.new_zeros(pages, *like_PSD.shape[1:])
 
 
 class PagePool:
-    """The pages of one layer and who owns them."""
+    """The pages of one layer and their owners."""
 
     def __init__(self, heads: int, key_like: Tensor, value_like: Tensor) -> None:
-        """No pages yet.
+        """Start without pages.
 
         Args:
             heads: N.
-            key_like, value_like: [..., D], of the type and on the device that the pages are to have.
+            key_like, value_like: [..., D], with the type and device that the pages are to have.
         """
         device = key_like.device
         self.keys_PSD = key_like.new_zeros(0, PAGE_SIZE, key_like.shape[-1])
@@ -47,13 +47,15 @@ class PagePool:
         self.owner_P = torch.zeros(0, dtype=torch.int64, device=device)  # N for a free page
         self.fill_P = torch.zeros(0, dtype=torch.int32, device=device)  # pairs in the page
         self.count_N = torch.zeros(heads, dtype=torch.int64, device=device)  # pairs of the head
-        self.last_page_N = torch.zeros(heads, dtype=torch.int64, device=device)  # any, while it has no pair
+        self.last_page_N = torch.zeros(
+            heads, dtype=torch.int64, device=device
+        )  # meaningless while it has no pair
         self.used = torch.zeros((), dtype=torch.int64, device=device)  # pages that have an owner
         self.sure_steps = 0  # steps for which there are pages whatever they append
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """What lives from step to step."""
+        """The tensors that live from step to step."""
         by_page = (self.keys_PSD, self.values_PSD, self.owner_P, self.fill_P)
         return (*by_page, self.count_N, self.last_page_N, self.used)
 
@@ -64,17 +66,19 @@ class PagePool:
 
     @property
     def bookkeeping_bytes(self) -> int:
+        """Bytes of everything else."""
         return sum(map(_bytes, self.state)) - self.kv_bytes
 
     def write(self, slot_X: Tensor, key_XD: Tensor, value_XD: Tensor) -> None:
-        """Put pairs into slots. Detached: the pool is written in place, which no graph would survive."""
+        """Write pairs into slots, without their gradients: autograd does not allow the writes in place."""
         self.keys_PSD.flatten(0, 1).index_copy_(0, slot_X, key_XD.detach())
         self.values_PSD.flatten(0, 1).index_copy_(0, slot_X, value_XD.detach())
 
     def take_one(self, reuse_N: Tensor, slot_N: Tensor) -> Tensor:
-        """[N] int64: the slot for one more pair of each head: `slot_N` where `reuse_N`, else at its end.
+        """[N] int64: the slot for a new pair of each head: `slot_N` where `reuse_N`, else at the head's end.
 
-        There must be pages for it: see `make_room`, which asks the device where this must not.
+        There must be pages for the new pairs. `make_room` provides them, and waits for the device, which this
+        function must not do.
         """
         S = self.keys_PSD.shape[1]
         place_N = self.count_N % S
@@ -83,15 +87,16 @@ class PagePool:
         self.last_page_N.copy_(torch.where(opens_N, self.used + opened_N - 1, self.last_page_N))
         self.used += opened_N[-1]
         self.count_N += ~reuse_N
-        # Every head has a pair by now, so that this is true of all of them, and nothing has to be picked out.
+        # Every head has a pair by now, so all heads are written, and none has to be selected.
         heads_N = torch.arange(len(self.count_N), device=self.count_N.device)
         self.owner_P.index_copy_(0, self.last_page_N, heads_N)
         self.fill_P.index_copy_(0, self.last_page_N, ((self.count_N - 1) % S + 1).int())
         return torch.where(reuse_N, slot_N, self.last_page_N * S + place_N)
 
     def make_room(self, steps: int = STEPS_AHEAD) -> bool:
-        """Grow, unless there are pages for so many steps whatever they append. Asks the device: call it only
-        when `sure_steps` has come to 0.
+        """Grow, unless there are pages for that many steps, whatever they append.
+
+        This waits for the device: call it only when `sure_steps` has come to 0.
 
         Returns:
             Whether the pages have moved.
@@ -111,7 +116,7 @@ class PagePool:
         """Lengthen the heads by `more_N` pairs.
 
         Returns:
-            [N, T] int64: the slots of `index_NT`; meaningless where that is not one of the new pairs.
+            [N, T] int64: the slots of the pairs `index_NT`; meaningless where a pair is not new.
         """
         S = self.keys_PSD.shape[1]
         pages_N = _pages(self.count_N, S)
@@ -136,7 +141,7 @@ class PagePool:
 
     @torch.inference_mode(False)
     def _grow(self, pages: int) -> None:
-        """To at least that many pages. Each tensor is let go as soon as it is copied."""
+        """Grow to at least that many pages. Each old tensor is freed as soon as it is copied."""
         now = len(self.owner_P)
         pages = max(pages, _with_spare(now))
         self.keys_PSD = _enlarged(self.keys_PSD, pages)
@@ -146,7 +151,7 @@ class PagePool:
         self.fill_P = torch.cat([self.fill_P, self.fill_P.new_zeros(free)])
 
     def slots_by_head(self) -> tuple[Tensor, Tensor]:
-        """[N, K] int64: the slots of each head's pairs in order, and [N, K] bool: whether there is one."""
+        """[N, K] int64: the slots of each head's pairs in order, and [N, K] bool: whether the pair exists."""
         S = self.keys_PSD.shape[1]
         order_P, first_N = self._pages_by_head()
         index_K = torch.arange(int(self.count_N.max()), device=self.count_N.device)
@@ -155,7 +160,7 @@ class PagePool:
         return order_P[nth_NK] * S + index_K % S, exists_NK
 
     def _pages_by_head(self) -> tuple[Tensor, Tensor]:
-        """[P] the pages, sorted by head and then ascending, and [N] where each head's begin in that list."""
+        """[P]: the pages, sorted by head and then by number, and [N]: each head's first place among them."""
         pages_N = _pages(self.count_N, self.keys_PSD.shape[1])
         return torch.argsort(self.owner_P, stable=True), pages_N.cumsum(dim=0) - pages_N
 
@@ -163,10 +168,10 @@ class PagePool:
         """Keep, repeat or permute heads: head m becomes a copy of what head `head_M[m]` is now.
 
         Args:
-            slot_MW: slots of that head's pairs (anything in range, where there is no pair).
+            slot_MW: slots of pairs of that head; any slot in range where there is no pair.
 
         Returns:
-            Where these pairs lie now, shaped like `slot_MW`.
+            The new slots of these pairs, in the shape of `slot_MW`.
         """
         S = self.keys_PSD.shape[1]
         order_P, first_N = self._pages_by_head()
@@ -177,7 +182,7 @@ class PagePool:
         nth_X = torch.arange(total, device=head_M.device) - start_M[owner_X]
         source_X = order_P[first_N[head_M][owner_X] + nth_X]
 
-        rank_P = torch.zeros_like(self.owner_P)  # n-th page of its head
+        rank_P = torch.zeros_like(self.owner_P)  # the n-th page of its head has rank n
         rank_P[order_P] = torch.arange(len(order_P), device=order_P.device)
         if total:
             page_MW = rank_P[slot_MW // S] - first_N[head_M][:, None] + start_M[:, None]
@@ -199,12 +204,12 @@ class PagePool:
 
 
 def _bytes(x: Tensor) -> int:
-    """As x.nbytes, which torch.compile cannot trace once a size has changed."""
+    """The same as x.nbytes, which torch.compile cannot trace once a size has changed."""
     return x.numel() * x.element_size()
 
 
 def _pages(count_N: Tensor, S: int) -> Tensor:
-    """Pages that so many pairs take."""
+    """The number of pages for that many pairs."""
     return (count_N + S - 1) // S
 
 

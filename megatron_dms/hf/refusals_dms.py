@@ -1,4 +1,6 @@
-"""What a DMS model does not do is refused by name, before any cache has taken anything in.
+"""The checks that refuse what a DMS model does not support, each before any cache has taken anything in.
+
+Every function raises an exception whose message says what to do instead, or returns nothing.
 
 Shapes: B sequences, T new tokens.
 """
@@ -14,7 +16,7 @@ from .configuration_dms import DMSSettings
 
 
 def refuse_merging(settings: DMSSettings) -> None:
-    """Of a model that was trained to merge pairs."""
+    """Refuse a model that was trained to merge pairs."""
     if settings.method == "merge":
         raise ValueError(
             "dms_method in config.json is 'merge': this model merges pairs (DMC, for comparison with DMS), "
@@ -23,7 +25,7 @@ def refuse_merging(settings: DMSSettings) -> None:
 
 
 def refuse_sliding_layers(config) -> None:
-    """Of a model's config."""
+    """Refuse a config with sliding-window layers."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(
@@ -33,11 +35,11 @@ def refuse_sliding_layers(config) -> None:
 
 
 def max_positions(config) -> int:
-    """Tokens in a sequence for which the model's RoPE is defined.
+    """The number of tokens in a sequence for which the model's RoPE is defined.
 
-    By transformers' conventions linear scaling leaves max_position_embeddings at what it extends, and YaRN
-    may. Dynamic scaling would go on, but rotates each key by the length at its time: chunks and steps would
-    then differ from the whole forward.
+    By transformers' conventions, max_position_embeddings is the length before scaling for linear scaling, and
+    may be for YaRN. Dynamic scaling has no limit, but it rotates each key by the length at its time, so
+    chunks and steps would differ from a forward of the whole text: max_position_embeddings stays its limit.
     """
     # rope_parameters in transformers 5, rope_scaling in 4.57
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -49,10 +51,11 @@ def max_positions(config) -> int:
 
 
 def refuse_positions(limit: int, cache: DMSCache | None, T: int, real_BT: Tensor | None) -> None:
-    """Of an input that ends beyond `limit` tokens, padding not counted."""
+    """Refuse an input that ends beyond `limit` tokens, padding not counted."""
     new_B = torch.tensor([T]) if real_BT is None else real_BT.sum(dim=1).cpu()
-    before_B = 0 if cache is None or cache.get_seq_length() == 0 else cache.seen_B.cpu()
-    longest = int((before_B + new_B).max())
+    if cache is not None and cache.get_seq_length():
+        new_B = cache.seen_B.cpu() + new_B
+    longest = int(new_B.max())
     if longest > limit:
         raise ValueError(
             f"the input ends at token {longest}, the model has {limit} positions (max_position_embeddings "
@@ -61,11 +64,11 @@ def refuse_positions(limit: int, cache: DMSCache | None, T: int, real_BT: Tensor
 
 
 def refuse_length(limit: int, columns: int, mask: Tensor | None) -> None:
-    """Of a `generate` that may run into `limit`: at its start, not after hours.
+    """Refuse a `generate` that may run into `limit`: at its start, not after hours.
 
     Args:
-        columns: most that will be fed, padding included.
-        mask: of the prompt, [B, columns of the prompt], None without padding.
+        columns: the most token columns that may be fed, padding included.
+        mask: the attention mask of the prompt, [B, columns of the prompt], or None without padding.
     """
     if columns > limit and mask is not None:
         columns -= int((mask == 0).sum(dim=1).min())
@@ -77,7 +80,7 @@ def refuse_length(limit: int, columns: int, mask: Tensor | None) -> None:
 
 
 def refuse_continuation(cache: DMSCache, generation_config) -> None:
-    """Of a `generate` on a cache that does not hold the beginning of its text, row by row."""
+    """Refuse a `generate` on a cache that does not hold the beginning of the text, row by row."""
     if cache.get_seq_length() == 0:
         return
     if not generation_config.use_cache:
@@ -102,7 +105,7 @@ def refuse_continuation(cache: DMSCache, generation_config) -> None:
 
 
 def refuse_outputs(config, inputs: dict[str, Any]) -> None:
-    """Of what no attention here computes."""
+    """Refuse outputs and back-ends that DMS attention does not provide."""
     attentions = inputs.get("output_attentions")
     if config.output_attentions if attentions is None else attentions:
         raise ValueError("output_attentions is not supported by DMS models: the weights are never formed")
@@ -114,11 +117,11 @@ def refuse_outputs(config, inputs: dict[str, Any]) -> None:
 
 
 def refuse_foreign_cache(model, cache: DMSCache) -> None:
-    """Of a cache made for a model of other sizes (a DMSForCausalLM)."""
+    """Refuse a cache that was made for a model (a DMSForCausalLM) of other sizes."""
     settings, layers = model.dms_settings, model.model.layers
     names = "layers, window, lag"
-    found = (len(cache.layers), cache.window, cache.lag)
-    expected = (len(layers), settings.window, settings.lag)
+    found: tuple[int, ...] = (len(cache.layers), cache.window, cache.lag)
+    expected: tuple[int, ...] = (len(layers), settings.window, settings.lag)
     if cache.get_seq_length():
         names += ", KV heads, head size"
         found += (cache.layers[0].groups, cache.layers[0].pool.keys_PSD.shape[-1])
@@ -128,7 +131,7 @@ def refuse_foreign_cache(model, cache: DMSCache) -> None:
 
 
 def refuse_hidden_past(mask: Tensor, past: int, seen_B: Tensor) -> None:
-    """What the cache has taken in as real tokens can no longer be declared padding."""
+    """Refuse a mask that declares tokens padding which the cache has taken in as real tokens."""
     if not torch.equal(mask[:, :past].sum(dim=1).to(seen_B), seen_B):
         raise ValueError(
             "attention_mask hides tokens that the cache has taken in, such as those fed to a sequence that "
@@ -138,7 +141,8 @@ def refuse_hidden_past(mask: Tensor, past: int, seen_B: Tensor) -> None:
 
 
 def refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -> None:
-    """Texts packed in one row would need masks between them, which transformers infers from position ids."""
+    """Refuse several texts packed in one row: they would need masks between them, which transformers infers
+    from the position ids."""
     if position_ids is None or T == 1:
         return
     jumps_BT = position_ids.diff(dim=-1) != 1
@@ -152,7 +156,7 @@ def refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -
 
 
 def refuse_generation_modes(generation_config, mode: str | None) -> None:
-    """Of modes that bypass the cache, or roll it back."""
+    """Refuse generation modes that bypass the cache or roll it back."""
     if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation {generation_config.cache_implementation!r} is not supported: DMS models "
@@ -166,7 +170,8 @@ def refuse_generation_modes(generation_config, mode: str | None) -> None:
 
 
 def refuse_chunks_of_padding(generation_config, mask: Tensor | None) -> None:
-    """In transformers 4 the positions of a prompt's chunks count padding, and those of steps do not."""
+    """Refuse chunks of a padded prompt in transformers 4, which counts padding in the positions of chunks but
+    not in the positions of steps."""
     in_chunks = getattr(generation_config, "prefill_chunk_size", None) is not None
     if in_chunks and int(__version__.split(".")[0]) < 5 and mask is not None and not bool(mask.all()):
         raise ValueError(

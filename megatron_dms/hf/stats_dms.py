@@ -66,45 +66,71 @@ PER_HEAD = ("arrived_LBG", "evicted_LBG", "held_LBG", "peak_LBG", "reads_LBG")
 
 
 class KVMeter:
-    """Running sums behind KVStats, fed by each layer of each forward and by `generate`."""
+    """Running sums behind KVStats, fed by each layer of each forward and by `generate`.
 
-    per_head = PER_HEAD
+    A new meter counts no sequences. The first forward says how many there are.
+    """
+
+    per_head: tuple[str, ...] = PER_HEAD
     """Names of its [L, B, G] tensors."""
+
+    active_B: Tensor
+    """bool: False once the sequence has ended."""
+    decided_B: Tensor
+    """Tokens whose decision has arrived."""
+    seen_B: Tensor
+    """Real tokens that went in."""
+    dense_reads_B: Tensor
+    """Pairs that a cache which keeps everything would have read."""
+    generated_B: Tensor
+    """Tokens that `generate` has produced."""
+    arrived_LBG: Tensor
+    """Decisions to evict that arrived in the last forward."""
+    evicted_LBG: Tensor
+    """Decisions to evict that arrived in earlier forwards."""
+    held_LBG: Tensor
+    """Pairs held after the last forward."""
+    peak_LBG: Tensor
+    """Most pairs held after any forward."""
+    reads_LBG: Tensor
+    """Pairs read by the queries behind the generated tokens."""
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self.active_B: Tensor | None = None  # False once a sequence has ended; None before the first forward
-        self.decided_B: Tensor | None = None
-        self.seen_B: Tensor | None = None
-        self.dense_reads_B: Tensor | None = None
-        self.generated_B: Tensor | None = None
-        self.arrived_LBG: Tensor | None = None  # decisions to evict in the last forward
-        self.evicted_LBG: Tensor | None = None  # those before it
-        self.held_LBG: Tensor | None = None  # pairs after the last forward
-        self.peak_LBG: Tensor | None = None
-        self.reads_LBG: Tensor | None = None
+        self._count(0, 0, torch.device("cpu"))
         self.bytes = 0
         self.bookkeeping_bytes = 0
         self.peak_bytes = 0
         self.peak_bookkeeping_bytes = 0
         self.bytes_per_pair = 0  # keys and values of one token in one head of one layer
 
+    @torch.inference_mode(False)  # see pages_dms.py
+    def _count(self, B: int, G: int, device: torch.device) -> None:
+        """Start every sum at 0, for B active sequences with G KV heads in each layer."""
+        self.active_B = torch.ones(B, dtype=torch.bool, device=device)
+        for name in PER_SEQUENCE[1:]:
+            setattr(self, name, torch.zeros(B, dtype=torch.int64, device=device))
+        for name in self.per_head:
+            setattr(self, name, torch.zeros(self.num_layers, B, G, dtype=torch.int64, device=device))
+
+    @property
+    def rows(self) -> int:
+        """Sequences counted; 0 before the first forward."""
+        return len(self.active_B)
+
     @property
     def has_storage(self) -> bool:
-        """Whether it has measured a cache, rather than forwards without one."""
+        """Whether a cache has been measured, rather than forwards without one."""
         return self.bytes_per_pair > 0
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """What lives from step to step; nothing before the first forward."""
-        if self.active_B is None:
-            return ()
+        """The tensors that live from step to step."""
         return tuple(getattr(self, name) for name in PER_SEQUENCE + self.per_head)
 
     def restart_sequences(self) -> None:
-        """Count every sequence again: a new call of `generate` continues the ended ones, too."""
-        if self.active_B is not None:
-            self.active_B.fill_(True)
+        """Count every sequence again: a new call of `generate` also continues the sequences that ended."""
+        self.active_B.fill_(True)
 
     def start_forward(self, before_B: Tensor, count_B: Tensor, lag: int, num_heads: int) -> None:
         """Called once per forward, before any layer.
@@ -114,17 +140,8 @@ class KVMeter:
             lag: in tokens; the first `lag` tokens of a sequence carry no decision.
             num_heads: G.
         """
-        if self.active_B is None:
-            with torch.inference_mode(False):  # see pages_dms.py
-                B = len(count_B)
-                self.active_B = torch.ones(B, dtype=torch.bool, device=count_B.device)
-                for name in PER_SEQUENCE[1:]:
-                    setattr(self, name, torch.zeros(B, dtype=torch.int64, device=count_B.device))
-                for name in self.per_head:
-                    sums_LBG = torch.zeros(
-                        self.num_layers, B, num_heads, dtype=torch.int64, device=count_B.device
-                    )
-                    setattr(self, name, sums_LBG)
+        if not self.rows:
+            self._count(len(count_B), num_heads, count_B.device)
         total_B = before_B + count_B
         decided_B = (total_B - lag).clamp(min=0) - (before_B - lag).clamp(min=0)
         self.seen_B += count_B * self.active_B
@@ -168,22 +185,15 @@ class KVMeter:
         exactly what it could not see."""
         return self.held_LBG
 
-    @property
-    def rows(self) -> int | None:
-        """Sequences counted; None before the first forward."""
-        return None if self.active_B is None else len(self.active_B)
-
     def match_rows(self, rows: int) -> None:
-        """Where a prompt was computed once for several sequences: from here on each of them counts."""
-        if self.rows is not None and self.rows != rows:
+        """Count each of the sequences for which a prompt was computed once by itself from here on."""
+        if self.rows not in (0, rows):
             index = torch.arange(self.rows, device=self.active_B.device)
             self.select_sequences(index.repeat_interleave(rows // self.rows))
 
     @torch.inference_mode(False)
     def select_sequences(self, index: Tensor) -> None:
         """Follow the cache when a beam search reorders, repeats or drops sequences."""
-        if self.active_B is None:
-            return
         for names, dim in ((PER_SEQUENCE, 0), (self.per_head, 1)):
             for name in names:
                 value = getattr(self, name)
@@ -191,7 +201,7 @@ class KVMeter:
 
     def stats(self) -> KVStats | None:
         """The sums as plain numbers (synchronises with the device), or None before the first forward."""
-        if self.active_B is None:
+        if not self.rows:
             return None
         evicted_LBG = self.evicted_LBG + self.arrived_LBG
         layers, _, heads = evicted_LBG.shape

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says of itself, without loading it: its config.json, its dtype, a hash of it."""
+"""What the folder of a checkpoint says, without loading it: its config.json, its dtype, and a hash of it."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from megatron_dms.files import read_object
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# What decides what a model says: patterns of names in its folder.
+# The files in a model's folder that determine its output, as patterns of names.
 _PARTS = (
     "config.json",
     "generation_config.json",
@@ -25,23 +25,23 @@ _PARTS = (
     "*.safetensors.index.json",
     "*.bin",
 )
-_LARGE = 1 << 30
+_LARGE = 1 << 30  # bytes
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json.
+    """Read config.json.
 
     Raises:
-        ValueError: it is not there, or is no JSON object.
+        ValueError: the file is missing, or is not a JSON object.
     """
     return read_object(folder / "config.json", "is not a checkpoint")
 
 
 def same_dtype(folders: Mapping[str, Path], dtype: str) -> str:
-    """The dtype that all models run in: `dtype`, or for "auto" the one that their config.json name.
+    """The dtype in which all models run: `dtype`, or for "auto" the dtype that every config.json names.
 
     Raises:
-        ValueError: they name different ones; one names none, or one that is not of DTYPES.
+        ValueError: the files name different dtypes, or a file names no dtype of DTYPES.
     """
     if dtype != "auto":
         return dtype
@@ -66,13 +66,13 @@ def same_dtype(folders: Mapping[str, Path], dtype: str) -> str:
 
 
 def fingerprint(folder: Path, say: Callable[[str], None] = lambda line: None) -> str:
-    """Tells checkpoints apart: a hash of config, generation settings, tokenizer, code and weights, in full.
+    """A hash of config, generation settings, tokenizer, code and weights, which tells checkpoints apart.
 
     Args:
-        say: gets a line of progress for each large file.
+        say: called with a line of progress for each large file.
 
     Raises:
-        ValueError: the folder has no config.json, or a file of it cannot be read.
+        ValueError: the folder has no config.json, or config.json cannot be read.
     """
     read_config(folder)
     found = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Several prompts answered at once by an exported or a plain model on the paged cache.
+"""Answer several prompts at once with an exported or a plain model on the paged cache.
 
 Shapes: B prompts, W chains of each, T generated tokens.
 """
@@ -14,14 +14,14 @@ from transformers import GenerationConfig
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; temperature 0 takes the likeliest."""
+    """How tokens are drawn; temperature 0 takes the likeliest token."""
 
     temperature: float = 1.0
     top_p: float = 1.0
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """For `generate`."""
+        """The keyword arguments for `generate`."""
         if self.temperature == 0:
             return {"do_sample": False}
         every = {"top_k": 0}  # transformers' default is 50
@@ -29,13 +29,14 @@ class Sampling:
 
 
 def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """
+    """Check that the model can take the prompts.
+
     Raises:
-        ValueError: a prompt with its answer is longer than the model's positions, or has a token that the
-            model does not have.
+        ValueError: a prompt with its answer is longer than the model's positions, or a prompt has a token
+            that the model does not have.
     """
-    longest = max(map(len, prompts)) + max_new_tokens - 1  # the last one is never fed
-    positions = getattr(model, "max_positions", longest)  # exports of earlier versions do not tell
+    longest = max(map(len, prompts)) + max_new_tokens - 1  # the last token is never fed
+    positions = getattr(model, "max_positions", longest)  # exports of earlier versions lack it
     if longest > positions:
         raise ValueError(
             f"the longest prompt and its answer make {longest} tokens, the model has {positions} positions: "
@@ -49,12 +50,12 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: 
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Of padding, which is masked: any token will do where the tokenizer has none."""
+    """The token for padding. Padding is masked, so any token will do if the tokenizer names none."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def end_texts_only(model: Any) -> None:
-    """Of the checkpoint's own generation settings, such as penalties, keep only the end of a text."""
+    """Keep only the end-of-sequence tokens of the checkpoint's own generation settings."""
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
 
 
@@ -66,13 +67,13 @@ def answer_prompts(
     sampling: Sampling,
     pad_id: int,
 ) -> Tensor:
-    """Let the model answer a batch of prompts.
+    """Generate `chains` answers to each prompt.
 
     Returns:
-        [B * W, T] token ids, the chains of a prompt one after another; `pad_id` after the end of a text.
+        [B * W, T] token ids, the chains of a prompt one after another, with `pad_id` after the end of a text.
 
     Raises:
-        ValueError: out of memory.
+        ValueError: the memory does not suffice.
     """
     width = max(map(len, prompts))
     device = model.get_input_embeddings().weight.device

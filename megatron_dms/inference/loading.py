@@ -1,5 +1,8 @@
-"""An exported DMS checkpoint with its own code, refused where it is not one, where it is incomplete, or where
-this machine cannot run it. Nothing is fetched."""
+"""Load an exported DMS checkpoint with its own code.
+
+A folder that is no such checkpoint, that is incomplete, or that this machine cannot run is refused. Nothing
+is downloaded.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,11 @@ PAGE_ATTENTION = ("torch", "triton")
 
 
 def check_exported(folder: Path) -> None:
-    """Look at config.json only, so that no code of another kind of checkpoint runs.
+    """Check that a folder is an export of a DMS model, by config.json alone, so that no other code runs.
 
     Raises:
-        ValueError: not a folder, no config.json, or not one that tools/convert.py export made of a DMS model.
+        ValueError: the folder does not exist, has no config.json, or does not come from tools/convert.py
+            export.
     """
     auto_map = read_config(folder).get("auto_map")
     code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
@@ -26,7 +30,11 @@ def check_exported(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Raises ValueError if the folder has none that can be loaded."""
+    """Load the tokenizer of a folder.
+
+    Raises:
+        ValueError: the folder has no tokenizer that can be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -37,10 +45,10 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_device(name: str | None, page_attention: str) -> str:
-    """The device to use: `name`, or else cuda where there is one.
+    """The device to use: `name`, or by default cuda if there is one, and cpu otherwise.
 
     Raises:
-        ValueError: torch does not see it, or the page attention does not run on it.
+        ValueError: torch does not see the device, or the page attention does not run on it.
     """
     import torch
 
@@ -56,12 +64,12 @@ def check_device(name: str | None, page_attention: str) -> str:
 
 
 def load_model(folder: Path, dtype: str, device: str, page_attention: str) -> Any:
-    """The model, in evaluation mode. This runs the Python files of the folder.
+    """Load the model, in evaluation mode. This runs the Python files of the folder.
 
     Args:
-        dtype: of checkpoints.DTYPES; "auto" is the one that config.json names.
-        device: as `check_device` returns it.
-        page_attention: of PAGE_ATTENTION.
+        dtype: one of checkpoints.DTYPES; "auto" is the dtype that config.json names.
+        device: a device as `check_device` returns it.
+        page_attention: one of PAGE_ATTENTION.
 
     Raises:
         ValueError: the weights are incomplete or do not fit the config.
@@ -74,17 +82,17 @@ def load_model(folder: Path, dtype: str, device: str, page_attention: str) -> An
 
 
 def load_weights(model_class: Any, folder: Path, dtype: str, device: str, **options: Any) -> Any:
-    """`model_class.from_pretrained`, where all that it would only log is an error. Arguments as above.
+    """`model_class.from_pretrained`, but what it would only log is an error. Arguments as in `load_model`.
 
     Raises:
-        ValueError: the weights are incomplete, too many, or do not fit the config.
+        ValueError: tensors are missing, unexpected, or do not fit the config.
     """
     import torch
     from safetensors import SafetensorError
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is said of missing tensors is an error here
+    logging.set_verbosity_error()  # its warnings about tensors are errors below
     logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
@@ -97,11 +105,14 @@ def load_weights(model_class: Any, folder: Path, dtype: str, device: str, **opti
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights cannot be read: {error}") from error
     except (RuntimeError, TypeError, KeyError, AttributeError, SyntaxError, ImportError) as error:
-        # From its config, its code, or weights of other shapes.
+        # The config, the code, or weights of other shapes can raise these.
         raise ValueError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    for problem in ("missing", "unexpected"):  # transformers goes on with random values, or without these
+    for problem in (
+        "missing",
+        "unexpected",
+    ):  # transformers would go on with random values, or without these tensors
         keys = sorted(info[f"{problem}_keys"])
         if keys:
             raise ValueError(f"{folder}: {len(keys)} {problem} keys, among them {', '.join(keys[:3])}")

@@ -1,6 +1,6 @@
-"""Prompts from JSONL: each line an object with `prompt`, a text, or `messages`, a chat.
+"""Prompts from JSONL: each line is an object with `prompt`, a text, or `messages`, a chat.
 
-Other keys are not read. Errors are a ValueError that names the file and the line.
+Other keys are not read. Every error is a ValueError that names the file and the line.
 """
 
 import json
@@ -11,22 +11,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one line asks."""
+    """The prompt of one line."""
 
     where: str
-    """File and line, for messages."""
+    """File and line, for error messages."""
     line: int
-    """Counted from 1."""
+    """The number of the line, counted from 1."""
     content: str | list[dict[str, Any]]
-    """A text, or the messages of a chat, the last of them not the assistant's."""
+    """A text, or the messages of a chat, of which the last is not the assistant's."""
 
     def encode(self, tokenizer: Any) -> list[int]:
-        """Token ids, at least one; a chat through the tokenizer's template, up to where the answer begins."""
+        """Token ids, at least one. The tokenizer's template renders a chat up to the start of the answer."""
         is_text = isinstance(self.content, str)
         text = self.content if is_text else self._rendered(tokenizer)
-        try:  # without special tokens for a chat: the template writes them into the text
+        try:  # a chat gets no special tokens: the template has written them into the text
             ids = tokenizer(text, add_special_tokens=is_text)["input_ids"]
-        except TypeError as error:  # half of a surrogate pair, say
+        except TypeError as error:  # for example half of a surrogate pair
             raise ValueError(f"{self.where}: the tokenizer does not take this text: {error}") from error
         if not ids:
             raise ValueError(f"{self.where}: a prompt of 0 tokens, expected at least one")
@@ -47,7 +47,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """All lines of a file that are not blank; at least one."""
+    """Read all lines of a file that are not blank; there must be at least one."""
     with path.open(encoding="utf-8", newline="\n") as file:  # no other character ends a line of JSON
         try:
             lines = [(number, text) for number, text in enumerate(file, 1) if text.strip()]

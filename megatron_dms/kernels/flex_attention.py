@@ -1,6 +1,6 @@
 """DMS attention through torch's FlexAttention: the known baseline, which reads the whole causal triangle.
 
-Compiled on CUDA; elsewhere torch runs it uncompiled, as dense products, and without a backward.
+On CUDA it is compiled. Elsewhere torch runs it uncompiled, as dense products, and without a backward.
 """
 
 import functools
@@ -21,8 +21,8 @@ def flex_attention(
     """`megatron_dms.ops.attention.dms_attention` as a score modification under a causal block mask.
 
     Raises:
-        ValueError: shapes, types or devices that do not go together; names them.
-        NotImplementedError: from torch, for gradients on CPU.
+        ValueError: shapes, types or devices that do not fit together; the message names them.
+        NotImplementedError: raised by torch for gradients on CPU.
     """
     check_inputs(q, k, v, log_keep, window)
     T, group = q.shape[2], q.shape[1] // k.shape[1]
@@ -30,7 +30,7 @@ def flex_attention(
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(i - j > window, score + log_keep[b, h // group, j], score)
 
-    run = _compiled() if q.is_cuda else torch_flex_attention
+    run: Callable[..., Any] = _compiled() if q.is_cuda else torch_flex_attention
     return run(
         q, k, v, score_mod=add_bias, block_mask=_causal_mask(T, q.device), scale=scale, enable_gqa=group > 1
     )

@@ -1,9 +1,10 @@
 """Distillation loss over large vocabularies: loss and gradient in one go, without fp32 copies of the logits.
 
-The gradient with respect to the student's logits is known as soon as the two softmaxes are, and takes the
-place of the teacher's logits, which nobody reads again. Beyond the two tensors of logits there is next to
-nothing: on CUDA a few numbers per token (kl_rows.py), elsewhere a few tokens at a time. Directions are
-named by formula, as in ops/losses.py.
+The gradient with respect to the student's logits is known as soon as the two softmaxes are. It takes the
+place of the teacher's logits, which nobody reads again. Beyond the two tensors of logits almost no memory is
+needed: a few numbers per token on CUDA (kl_rows.py), and fp32 copies of a few tokens elsewhere. The reference
+is the KL of ops/losses.py, with which tests/unit/kernels/test_kl.py compares loss and gradient. Directions
+are named by formula, as there.
 
 Shapes: N tokens, V columns of the vocabulary on this rank.
 """
@@ -20,7 +21,7 @@ from megatron_dms.ops.losses import log_probabilities
 
 DIRECTIONS = ("teacher_student", "student_teacher")
 CHUNK_BYTES = 2**20
-"""Of one fp32 copy of a chunk's logits, which should stay in the processor's cache."""
+"""Size of one fp32 copy of a chunk's logits, which should stay in the processor's cache."""
 
 
 def distillation_kl(
@@ -31,24 +32,25 @@ def distillation_kl(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """KL per token, as ops.losses.kl_teacher_student and kl_student_teacher of logits / temperature.
+    """The KL of each token: ops.losses.kl_teacher_student or kl_student_teacher of logits / temperature.
 
-    Where a gradient is wanted, THE TEACHER'S LOGITS ARE OVERWRITTEN, and the loss can be differentiated once.
+    If a gradient is wanted, THE TEACHER'S LOGITS ARE OVERWRITTEN, and the loss can be differentiated once.
 
     Args:
         student, teacher: logits [..., V] of one type, contiguous. In fp16 the gradient is rounded before a
-            loss scale reaches it: small entries are lost.
+            loss scale reaches it, so small entries are lost.
         direction: one of DIRECTIONS.
-        columns: how many of the V belong to the vocabulary; the others (padding) are read nowhere and get the
-            gradient 0. None: all.
-        temperature: what logits are divided by; the loss is not multiplied by its square.
-        group: the tensor-parallel group that shares the vocabulary, in parts of one V; None if it is whole.
+        columns: the number of columns, of V, that belong to the vocabulary. The others are padding: they are
+            never read and get the gradient 0. None: all columns.
+        temperature: the logits are divided by it; the loss is not multiplied by its square.
+        group: the tensor-parallel group that shares the vocabulary, with the same V on each rank; None if the
+            vocabulary is whole.
 
     Returns:
         [...] fp32 (fp64 for fp64 logits).
 
     Raises:
-        ValueError: names what was found and what was expected.
+        ValueError: the message names what was found and what was expected.
     """
     if student.shape != teacher.shape or student.dtype != teacher.dtype or student.device != teacher.device:
         raise ValueError(
@@ -66,7 +68,7 @@ def distillation_kl(
         raise ValueError(f"temperature is {temperature}, expected > 0")
     columns = student.shape[-1] if columns is None else columns
     if not (torch.is_grad_enabled() and student.requires_grad):
-        student = student.detach()  # nothing is to be overwritten
+        student = student.detach()  # no gradient is wanted, so nothing is overwritten
     return _DistillationKL.apply(student, teacher.detach(), direction, columns, temperature, group)
 
 
@@ -107,9 +109,9 @@ def kl_with_slope(
     group: dist.ProcessGroup | None,
     wants_slope: bool,
 ) -> Tensor:
-    """[N] losses; if `wants_slope`, their gradients by the student's logits replace the teacher's logits.
+    """[N] losses; with `wants_slope`, their gradients by the student's logits replace the teacher's logits.
 
-    On CUDA by Triton kernels (fp64 excepted), elsewhere in plain torch.
+    On CUDA, Triton kernels compute them (except in fp64), elsewhere plain torch does.
     """
     if student_NV.is_cuda and student_NV.dtype != torch.float64:
         from megatron_dms.kernels.kl_rows import kl_with_slope_triton  # triton is there where CUDA is
@@ -120,7 +122,7 @@ def kl_with_slope(
             )
     exact = torch.promote_types(student_NV.dtype, torch.float32)
     loss_N = torch.empty(len(student_NV), dtype=exact, device=student_NV.device)
-    # From the width, which is the same on all ranks, unlike `columns`: they must take the same chunks.
+    # All ranks must take the same chunks: the width, unlike `columns`, is the same on all ranks.
     chunk = max(1, CHUNK_BYTES // (4 * student_NV.shape[1]))
     for start in range(0, len(student_NV), chunk):
         part = slice(start, start + chunk)

@@ -1,8 +1,9 @@
-"""Triton kernels of the distillation loss: a program reads one token's logits, student's and teacher's.
+"""Triton kernels of the distillation loss: one program reads the logits of student and teacher for one token.
 
-The first leaves five sums of a row, which ranks that share the vocabulary add up; the second, which finds
-most of the row in the cache, writes the gradient. Each reads the logits once, so that loss and gradient
-cost four reads and one write.
+The first kernel computes five sums of a row, which the ranks that share the vocabulary add up. The second
+kernel, which finds most of the row in the cache, writes the gradient. Each kernel reads the logits once, so
+that loss and gradient cost four reads and one write. tests/unit/kernels/test_kl.py (in Triton's interpreter)
+and tests/gpu/test_kl_gpu.py compare them with ops/losses.py.
 
 Shapes: N tokens, V columns of the vocabulary on this rank.
 """
@@ -14,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-"""Columns that a program holds at a time."""
+"""The number of columns that a program holds at a time."""
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
-"""In place of -inf for a row that has seen no column yet: -inf - -inf would be NaN."""
+"""Stands for -inf in a row that has seen no column yet, because -inf - -inf would be NaN."""
 
 
 @triton.jit
@@ -24,12 +25,12 @@ def row_sums(
     student_ptr, teacher_ptr, sums_ptr, stride_s, stride_t, rows, columns, factor,
     TEACHER_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """[5, N] fp32: peaks of student and teacher, sums of exp(x - peak), and sum of w (log w - log o) before
-    normalisation, where w is the distribution that the loss averages over, and o the other one.
+    """Write [5, N] fp32: the peaks of student and teacher, their sums of exp(x - peak), and the sum of
+    w (log w - log o) before normalisation. w is the distribution over which the loss averages, o the other.
 
     Args:
         factor: 1 / temperature.
-        TEACHER_FIRST: w is the teacher's.
+        TEACHER_FIRST: whether w is the teacher's distribution.
     """
     row = tl.program_id(0).to(tl.int64)
     peak_s = tl.full([1], LOWEST, tl.float32)
@@ -71,12 +72,12 @@ def row_slopes(
     student_ptr, teacher_ptr, sums_ptr, loss_ptr, stride_s, stride_t, rows, columns, width, factor,
     TEACHER_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite the teacher's row with the gradient of its loss by the student's logits.
+    """Overwrite the teacher's row with the gradient of the row's loss by the student's logits.
 
     Args:
-        sums_ptr: of the whole vocabulary.
+        sums_ptr: the sums of `row_sums` over the whole vocabulary.
         loss_ptr: [N] fp32.
-        width: V, of which the last V - columns get 0.
+        width: V; the last V - columns entries get 0.
     """
     row = tl.program_id(0).to(tl.int64)
     peak_s = tl.load(sums_ptr + 0 * rows + row)
@@ -107,7 +108,7 @@ def kl_with_slope_triton(
     group: dist.ProcessGroup | None,
     wants_slope: bool,
 ) -> Tensor:
-    """As kl.kl_with_slope, for fp32, bf16 and fp16 on CUDA (elsewhere in Triton's interpreter)."""
+    """kl.kl_with_slope for fp32, bf16 and fp16 on CUDA (elsewhere in Triton's interpreter)."""
     N, V = student_NV.shape
     sums = torch.empty(5, N, dtype=torch.float32, device=student_NV.device)
     rows = (student_NV, teacher_NV, sums)
@@ -118,7 +119,7 @@ def kl_with_slope_triton(
     if group is not None:
         _add_up(sums, teacher_first, group)
     peak_s, peak_t, total_s, total_t, product = sums
-    # From what is small by itself: log-sum-exps would be large numbers that nearly cancel.
+    # Each term is small by itself. Log-sum-exps would be large numbers that nearly cancel.
     if teacher_first:
         loss_N = product / total_t - (peak_t - peak_s) - total_t.log() + total_s.log()
     else:
@@ -129,7 +130,7 @@ def kl_with_slope_triton(
 
 
 def _add_up(sums: Tensor, teacher_first: bool, group: dist.ProcessGroup) -> None:
-    """Join the parts of a vocabulary that is spread over `group`, in place."""
+    """Join the sums over the parts of a vocabulary that is spread over `group`, in place."""
     peaks = sums[:2].clone()
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=group)
     shrink = (sums[:2] - peaks).exp()

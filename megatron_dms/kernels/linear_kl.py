@@ -1,11 +1,12 @@
 """Output projection and distillation loss in one: the logits of student and teacher never exist as a whole.
 
-A chunk of tokens is projected, its loss and gradient are taken (kl.py), and the gradient is carried back to
-hidden states and weight at once, so the projection is computed once. This needs the weight of each token in
-the loss beforehand.
+A chunk of tokens is projected, its loss and gradient are computed (kl.py), and the gradient is carried back
+to hidden states and weight at once, so each projection is computed only once. This requires the weight of
+each token in the loss beforehand. tests/unit/kernels/test_kl.py compares loss and gradients with a projection
+followed by the KL of ops/losses.py.
 
-Beyond hidden states, weights and their gradients there are two chunks of logits, 3 % of a whole tensor of
-them, and, for half types, the weight's gradient in fp32.
+In addition to hidden states, weights and their gradients, the memory holds two chunks of logits, 3 % of a
+whole tensor of logits, and, for half types, the weight's gradient in fp32.
 
 Shapes: N tokens, V columns of the vocabulary on this rank, E hidden size of the student, F of the teacher.
 """
@@ -21,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from megatron_dms.kernels.kl import DIRECTIONS, kl_with_slope
 
 CHUNKS = 64
-"""Tokens are taken in so many chunks: two of logits are then 3 % of one whole tensor of logits."""
+"""The number of chunks of tokens: two chunks of logits are then 3 % of a whole tensor of logits."""
 MIN_CHUNK = 128
-"""Tokens of a chunk, at least: below, the products get slow."""
+"""The least tokens of a chunk: with fewer, the matrix products get slow."""
 WEIGHT_ROWS = 8192
-"""Of the weight's gradient, at a time."""
+"""Rows of the weight's gradient that are computed at a time."""
 
 
 def linear_kl(
@@ -39,20 +40,20 @@ def linear_kl(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of weight times KL between softmax(hidden @ weight.T / temperature).
+    """The sum over tokens of token weight times KL, where logits are hidden @ weight.T / temperature.
 
     Args:
-        student_NE, teacher_NF: what goes into the two output layers, whole on every rank of `group`.
+        student_NE, teacher_NF: the inputs of the two output layers, whole on every rank of `group`.
         student_weight_VE, teacher_weight_VF: this rank's rows of the output layers.
-        token_weights_N: without gradient.
+        token_weights_N: the weight of each token in the sum; it gets no gradient.
         direction, columns, temperature, group: as in kl.distillation_kl.
 
     Returns:
         The sum, a scalar in fp32 at least, with gradients to the student's hidden states (added up over
-        `group`) and weight; and the KL of each token [N], without any.
+        `group`) and weight; and the KL of each token [N], without a gradient.
 
     Raises:
-        ValueError: names what was found and what was expected.
+        ValueError: the message names what was found and what was expected.
     """
     N = len(student_NE)
     found = [
@@ -104,14 +105,14 @@ class _LinearKL(Function):
             kl_N[part] = kl_with_slope(logits, slope, *settings, wants_slope=wants_hidden or wants_weight)
             del logits
             slope *= token_weights[part, None].to(slope.dtype)
-            if wants_hidden:
+            if d_student is not None:
                 torch.mm(slope, student_weight, out=d_student[part])
-            if wants_weight:
-                for rows in range(0, len(d_weight), WEIGHT_ROWS):  # a product of all would be a second one
+            if d_weight is not None:
+                for rows in range(0, len(d_weight), WEIGHT_ROWS):  # one product of all rows would double it
                     block = slice(rows, rows + WEIGHT_ROWS)
                     d_weight[block] += slope[:, block].T @ student[part]
         group = settings[-1]
-        if wants_hidden and group is not None:
+        if d_student is not None and group is not None:
             dist.all_reduce(d_student, group=group)
         ctx.gradients = (d_student, None if d_weight is None else d_weight.to(student_weight.dtype))
         ctx.mark_non_differentiable(kl_N)

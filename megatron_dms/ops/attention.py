@@ -13,14 +13,15 @@ def dms_attention(
 ) -> Tensor:
     """Causal attention in which a pair beyond the window is weighted by 1 - alpha (paper, section 3).
 
-    Query i sees key j <= i with score bias 0 where i - j <= window (window + 1 pairs, the token itself
-    included), else log_keep[j]. The bias of a KV head serves all query heads of its group.
+    Query i sees key j <= i with score bias 0 if i - j <= window (window + 1 pairs, the token itself
+    included), and with bias log_keep[j] otherwise. All query heads of a group share their KV head's bias.
 
     Args:
         q: [B, H, T, D].
         k, v: [B, G, T, D].
         log_keep: [B, G, T] = log(1 - alpha), already shifted by the lag; -inf where a pair is evicted for
-        good. window: >= 0, in tokens.
+            good.
+        window: >= 0, in tokens.
         scale: factor on q . k; default D ** -0.5.
 
     Returns:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Constants of splitmix64 (Steele, Lea, Flood, 2014), written as signed 64-bit integers because torch has no
-# unsigned multiplication; two's complement arithmetic makes the products the same.
+# unsigned multiplication. In two's complement arithmetic the products have the same bits.
 _GOLDEN_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -19,12 +19,12 @@ _MANTISSA_BITS = 52  # one less than fp64 has: (bits + 1/2) / 2^52 is then exact
 
 
 class Eviction(NamedTuple):
-    """Decisions of one layer, each [B, G, T] fp32."""
+    """The decisions of one layer, each [B, G, T] fp32."""
 
     alpha: Tensor
     """Probability-like decision: the relaxed sigmoid in training, 0 or 1 in evaluation."""
     hard: Tensor
-    """1[alpha > 1/2]; in training with the gradient of alpha (straight-through estimator)."""
+    """1[alpha > 1/2], in training with the gradient of alpha (straight-through estimator)."""
     log_keep: Tensor
     """log(1 - alpha), the additive score bias outside the window."""
 
@@ -49,7 +49,7 @@ def soft_eviction(logits: Tensor, noise: Tensor, temperature: float) -> Eviction
 
 
 def hard_eviction(logits: Tensor) -> Eviction:
-    """Decisions of evaluation and inference: alpha = 1[z > 0], no noise. logits: [B, G, T]."""
+    """Hard decisions for evaluation and inference: alpha = 1[z > 0], without noise. logits: [B, G, T]."""
     alpha = (logits.float() > 0).float()
     log_keep = torch.zeros_like(alpha).masked_fill_(alpha.bool(), float("-inf"))
     return Eviction(alpha, alpha, log_keep)
@@ -58,7 +58,7 @@ def hard_eviction(logits: Tensor) -> Eviction:
 def shift(x: Tensor, lag: int, fill: float = 0.0) -> Tensor:
     """Give pair j what token j + lag decided: out[..., j] = x[..., j + lag].
 
-    The last `lag` pairs have no decision yet and get `fill` (0 = kept, both for alpha and for log_keep).
+    The last `lag` pairs have no decision yet and get `fill` (0 means kept, for alpha and for log_keep).
 
     Args:
         x: [..., T].

@@ -1,23 +1,26 @@
-"""Distillation and compression losses (DMS paper, section 3).
+"""Distillation and compression losses (DMS paper, section 3), in plain torch.
 
-The two directions of KL are named by formula, never "forward" or "reverse". With a process group the last
-dimension of the logits is one rank's part of the vocabulary, and every rank gets the same loss.
+`kl_teacher_student` and `kl_student_teacher` are the reference for the KL of kernels/kl.py and
+kernels/linear_kl.py. The two directions are named by formula, never "forward" or "reverse". With a process
+group, the last dimension of the logits is one rank's part of the vocabulary, and every rank gets the same
+loss.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import FunctionCtx
 
 
 def kl_teacher_student(student: Tensor, teacher: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """KL(teacher || student) = sum_v p_t (log p_t - log p_s) per token.
 
     Args:
-        student, teacher: logits [..., V] (or this rank's part of them, columns that pad the vocabulary cut
-            off); no gradient reaches the teacher.
-        group: the tensor-parallel group that shares the vocabulary, None if the vocabulary is whole.
+        student, teacher: logits [..., V], or this rank's part of them, without the columns that pad the
+            vocabulary. No gradient reaches the teacher.
+        group: the tensor-parallel group that shares the vocabulary; None if the vocabulary is whole.
 
     Returns:
         [...] fp32 at least.
@@ -34,19 +37,19 @@ def compression_loss(mean_alpha: Tensor, target_fraction: float) -> Tensor:
     """One-sided l1: mean over samples of max(alpha* - mean_alpha_b, 0).
 
     Args:
-        mean_alpha: [B], each the mean of a sample's alpha over ALL layers, KV heads and tokens of the model.
-            Clamping a part's mean (a stage's, a rank's) is another loss.
+        mean_alpha: [B], the mean of each sample's alpha over ALL layers, KV heads and tokens of the model.
+            Clamping the mean of a part (of a stage, of a rank) would be a different loss.
         target_fraction: alpha*, in [0, 1).
     """
     return (target_fraction - mean_alpha).clamp(min=0).mean()
 
 
 def log_probabilities(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log softmax over a vocabulary that may be spread over `group`, in fp32 at least; a new tensor."""
+    """log softmax over a vocabulary that may be spread over `group`: a new tensor, in fp32 at least."""
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if group is None:
         return torch.log_softmax(x, dim=-1)
-    # A rank may hold padding only, that is, no column of the true vocabulary.
+    # A rank may hold nothing but padding, that is, no column of the true vocabulary.
     peak = x.amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_full((*x.shape[:-1], 1), float("-inf"))
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
     x = x - peak
@@ -56,11 +59,11 @@ def log_probabilities(logits: Tensor, group: dist.ProcessGroup | None) -> Tensor
 
 
 class _VocabParallelKL(Function):
-    """Per-token KL with its closed-form gradient; keeps the logits, not their log-probabilities."""
+    """Per-token KL with its closed-form gradient; saves the logits, not their log-probabilities."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         student: Tensor,
         teacher: Tensor,
         group: dist.ProcessGroup | None,
@@ -76,7 +79,7 @@ class _VocabParallelKL(Function):
         return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         student, teacher, loss = ctx.saved_tensors
         log_s, log_t = log_probabilities(student, ctx.group), log_probabilities(teacher, ctx.group)
         if ctx.teacher_first:

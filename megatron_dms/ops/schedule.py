@@ -1,4 +1,4 @@
-"""When which compression ratio is asked for (DMS paper, section 3)."""
+"""The compression ratio that training asks for at each step (DMS paper, section 3)."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CompressionSchedule:
-    """Target compression ratio as a function of the retrofit step (0 = the first step that compresses)."""
+    """The target compression ratio by retrofit step; step 0 is the first step that compresses."""
 
     final_cr: float
-    """Compression ratio that is reached and then held, >= 1."""
+    """The compression ratio that is reached and then held, >= 1."""
     steps_per_cr: float
     """Retrofit steps for each unit of CR, > 0."""
     anneal: str = "cr"
-    """'cr': CR grows linearly; 'fraction': the evicted fraction grows linearly, in as many steps."""
+    """'cr': the CR grows linearly; 'fraction': the evicted fraction grows linearly, in the same number of
+    steps."""
 
     @property
     def steps(self) -> float:
@@ -34,7 +35,11 @@ class CompressionSchedule:
         return 1 - 1 / self.target_cr(step)
 
     def step_of(self, cr: float) -> int:
-        """The first step at which at least `cr` is asked for. A checkpoint taken then is the model of it."""
+        """The first step that asks for at least `cr`; a checkpoint of this step is the model for `cr`.
+
+        Raises:
+            ValueError: the schedule never asks for `cr`.
+        """
         if not 1 <= cr <= self.final_cr:
             raise ValueError(f"CR {cr} is never asked for: the schedule runs from 1 to {self.final_cr}")
         if self.anneal == "fraction":

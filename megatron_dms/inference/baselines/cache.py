@@ -1,7 +1,9 @@
-"""The cache of a policy, and the meter that knows that reads and holdings may differ.
+"""The cache of a policy, and a meter for queries that may read fewer pairs than are held.
 
 Shapes: B sequences, G KV heads, L layers, T new tokens.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,25 +26,35 @@ LAYERS: dict[type[Policy], type[PolicyLayer]] = {
 
 
 class PolicyMeter(KVMeter):
-    """KVMeter for layers that say themselves what their queries read and what they dropped."""
+    """KVMeter for layers that report what their queries read and what they dropped."""
 
-    per_head = (*KVMeter.per_head, "latest_reads_LBG")
-    latest_reads_LBG: Tensor | None = None  # in place of what KVMeter derives from the holdings
+    per_head = (*KVMeter.per_head, "reported_reads_LBG")
+
+    reported_reads_LBG: Tensor
+    """Pairs that the last forward's last query read."""
+
+    @property
+    def latest_reads_LBG(self) -> Tensor:
+        """The reads as the layers report them; KVMeter derives them from the pairs held."""
+        return self.reported_reads_LBG
 
     def record_layer(self, layer: int, store: PolicyLayer) -> None:
-        """Take down one layer after a forward: drops, reads and holdings, in pairs."""
+        """Record what one layer dropped, read and holds after a forward, in pairs."""
         self.record_decisions(layer, store.evicted_BG)
-        self.latest_reads_LBG[layer].copy_(store.read_BG)
+        self.reported_reads_LBG[layer].copy_(store.read_BG)
         self.record_storage(
             layer, store.occupied_BG, store.bytes_per_pair, store.kv_bytes, store.bookkeeping_bytes
         )
 
 
 class BaselineCache(DMSCache):
-    """DMSCache with the layers of a policy: one prompt, then tokens one at a time."""
+    """A DMSCache with the layers of a policy: it takes one prompt, and then one token at a time."""
+
+    layers: Sequence[PolicyLayer]
+    meter: PolicyMeter
 
     def __init__(self, num_layers: int, policy: Policy, max_new_tokens: int) -> None:
-        """`max_new_tokens` after the prompt; with the prompt's own it sets each sequence's budget."""
+        """`max_new_tokens` may follow the prompt; prompt and new tokens set each sequence's budget."""
         super().__init__(num_layers, window=0, lag=0)
         self.layers = [LAYERS[type(policy)](policy, max_new_tokens) for _ in range(num_layers)]
         self.policy = policy
@@ -57,8 +69,8 @@ class BaselineCache(DMSCache):
         """As DMSCache.place.
 
         Raises:
-            ValueError: more than one token, or padding, after the prompt; or more tokens than it was made
-            for.
+            ValueError: more than one token, or padding, comes after the prompt, or more tokens come than
+                the cache was made for.
         """
         if self._most_columns is None:
             self._most_columns = T + self.max_new_tokens

@@ -1,11 +1,11 @@
-"""TOVA, H2O and the window: once a head holds its budget, the pair that is worth least goes for each new one.
+"""TOVA, H2O and the window: once a head holds its budget, each new pair replaces the pair of least worth.
 
-The new token counts in the budget, so the worst pair leaves *before* it is written, by the worth that the
-previous query gave: nothing newer is known until the new query has read. That is the papers' order (read k,
-drop one, come to the next token with k - 1) with the drop put off to the moment at which its slot is needed;
-no query reads anything else. Cutting the prompt to k and dropping one more at the first step, by the same
-worth, is also the same as cutting it to k - 1. Held and read are hence never more than k, but for the
-prompt's last query.
+The new token counts in the budget. The worst pair therefore leaves *before* the new pair is written, by the
+worth after the previous query: nothing newer is known until the new query has read. That is the papers' order
+(read k, drop one, come to the next token with k - 1), with the drop delayed to the moment at which the slot
+is needed; every query reads the same pairs. Cutting the prompt to k and dropping one more pair at the first
+step, by the same worth, also equals cutting it to k - 1. So no more than k pairs are ever held or read,
+except by the prompt's last query.
 
 Shapes as in layer.py; Q queries of a block.
 """
@@ -19,29 +19,39 @@ from megatron_dms.hf.page_attention_dms import join_pages, weigh_pages
 from megatron_dms.hf.sparse_attention_dms import MAX_MASK_ELEMENTS, NewTokens
 
 from .layer import PolicyLayer, to_heads
+from .policies import H2O, Window
 
 
 class EvictingLayer(PolicyLayer):
     """A layer that holds at most its budget."""
 
     memory = (*PolicyLayer.memory, "position_NC")
-    score_NC: Tensor | None = None
 
-    def _score_prompt(self, q_BHTD: Tensor, k_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor | None:
-        """[N, T]: the scores that the prompt's queries give its tokens; None where there are no scores."""
-        return None
+    position_NC: Tensor
+    """int64: the position of each pair."""
 
-    def _worth(self, score_NK: Tensor | None, position_NK: Tensor, last_N1: Tensor) -> Tensor:
-        """[N, K]: the lowest goes first; inf for what must stay while there is anything else.
+    def _score_prompt(self, q_BHTD: Tensor, k_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
+        """[N, T]: the scores of the prompt's tokens after its last query."""
+        raise NotImplementedError
+
+    def _scores(self) -> Tensor:
+        """[N, C]: the scores of the pairs after the latest query."""
+        raise NotImplementedError
+
+    def _worth(self, score_NK: Tensor, position_NK: Tensor, last_N1: Tensor) -> Tensor:
+        """[N, K]: the pair of the lowest worth goes first; inf for a pair that stays while any other is left.
 
         Args:
-            position_NK: of the pairs.
-            last_N1: position of the latest token, which may be one that is still to be written.
+            score_NK, position_NK: the scores and positions of the pairs.
+            last_N1: the position of the latest token, which may be a token that is still to be written.
         """
         raise NotImplementedError
 
+    def _start_scores(self, index_N1: Tensor) -> None:
+        """Give a new pair, at that index of each head, its first score."""
+
     def _read(self, q_NRD: Tensor, scale: float) -> Tensor:
-        """[N, R, D]: attention over all pairs held; renews their scores."""
+        """[N, R, D]: attention over all pairs held; the pairs get their new scores."""
         raise NotImplementedError
 
     def _columns(self, new: NewTokens) -> int:
@@ -60,15 +70,15 @@ class EvictingLayer(PolicyLayer):
 
     def _remember(self, k_NTD: Tensor, new: NewTokens, remembered: Callable[[Tensor], Tensor]) -> None:
         self.position_NC = remembered(to_heads(new.position_BT, self.groups))
-        if self._prompt_score_NT is not None:
-            self.score_NC = remembered(self._prompt_score_NT)
         del self._prompt_score_NT
 
-    def _step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, new: NewTokens, scale: float) -> Tensor:
+    def _take_token(
+        self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, new: NewTokens, scale: float
+    ) -> Tensor:
         position_N1 = to_heads(new.position_BT, self.groups)
         count_N1 = self.pool.count_N[:, None]
         full_N1 = count_N1 >= self.budget_N[:, None]
-        worth_NC = self._worth(self.score_NC, self.position_NC, position_N1)
+        worth_NC = self._worth(self._scores(), self.position_NC, position_N1)
         worth_NC = worth_NC.masked_fill(~self._exists_NC(), torch.inf)
         worst_N1 = worth_NC.argmin(dim=1, keepdim=True)
         index_N1 = torch.where(full_N1, worst_N1, count_N1)
@@ -76,8 +86,7 @@ class EvictingLayer(PolicyLayer):
         self.pool.write(slot_N, k_BG1D.flatten(0, 2), v_BG1D.flatten(0, 2))
         self.slot_NC.scatter_(1, index_N1, slot_N[:, None])
         self.position_NC.scatter_(1, index_N1, position_N1)
-        if self.score_NC is not None:
-            self.score_NC.scatter_(1, index_N1, 0.0)
+        self._start_scores(index_N1)
         out_NRD = self._read(q_BH1D.reshape(len(slot_N), -1, q_BH1D.shape[-1]), scale)
         self.read_BG = self.held_BG
         self.evicted_BG = full_N1.reshape(-1, self.groups)
@@ -85,31 +94,46 @@ class EvictingLayer(PolicyLayer):
 
 
 class WeighingLayer(EvictingLayer):
-    """One whose scores come from attention weights."""
+    """An evicting layer whose scores come from attention weights."""
 
     memory = (*EvictingLayer.memory, "score_NC")
+
+    score_NC: Tensor
+    """fp32 or fp64: the score of each pair."""
+
+    def _remember(self, k_NTD: Tensor, new: NewTokens, remembered: Callable[[Tensor], Tensor]) -> None:
+        self.score_NC = remembered(self._prompt_score_NT)
+        super()._remember(k_NTD, new, remembered)
+
+    def _scores(self) -> Tensor:
+        return self.score_NC
+
+    def _start_scores(self, index_N1: Tensor) -> None:
+        self.score_NC.scatter_(1, index_N1, 0.0)
 
     def _read(self, q_NRD: Tensor, scale: float) -> Tensor:
         pool = self.pool
         weight_PRS, sum_NR = weigh_pages(q_NRD, pool.keys_PSD, pool.owner_P, pool.fill_P, scale)
         out_NRD = join_pages(weight_PRS, sum_NR, pool.values_PSD, pool.owner_P)
-        # The mean over the query heads of each KV head, as a product: it never forms the quotients.
+        # The mean over the query heads of each KV head, as a matrix product that never forms the quotients.
         share_PR = 1 / (sum_NR.clamp(min=0.5)[pool.owner_P] * q_NRD.shape[1])
         weight_X = torch.bmm(share_PR[:, None], weight_PRS).flatten()
         self._renew(weight_X[self.slot_NC].masked_fill_(~self._exists_NC(), 0))
         return out_NRD.to(q_NRD.dtype)
 
     def _renew(self, weight_NC: Tensor) -> None:
-        """Take up the weights of the latest query, [N, C], the mean over the query heads of each KV head."""
+        """Update the scores with the weights [N, C] of the latest query, means over each KV head's group."""
         raise NotImplementedError
 
 
 class TOVALayer(WeighingLayer):
-    """Scores are the latest query's weights, the mean over all query heads of the layer. They are the same in
-    all heads of a sequence, which hence hold the same tokens in the same columns."""
+    """Scores are the latest query's weights, averaged over all query heads of the layer.
+
+    All heads of a sequence have the same scores, so they hold the same tokens in the same columns.
+    """
 
     def _score_prompt(self, q_BHTD: Tensor, k_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
-        last_B = new.position_BT.argmax(dim=1)  # a column: there may be padding behind it
+        last_B = new.position_BT.argmax(dim=1)  # a column: padding may follow it
         q_BH1D = q_BHTD[torch.arange(len(last_B), device=last_B.device), :, last_B][:, :, None]
         position_B1 = new.position_BT.gather(1, last_B[:, None])
         weight_BGT = prompt_weights(q_BH1D, k_BGTD, position_B1, new.position_BT, scale)[:, :, 0]
@@ -125,20 +149,18 @@ class TOVALayer(WeighingLayer):
 class H2OLayer(WeighingLayer):
     """Scores are the weights of all queries so far, summed, for each KV head by itself."""
 
+    policy: H2O
+
     def _score_prompt(self, q_BHTD: Tensor, k_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
         B, H, T, _ = q_BHTD.shape
         block = max(1, MAX_MASK_ELEMENTS // (B * H * T))
-        sums = (
-            prompt_weights(
-                q_BHTD[:, :, start : start + block],
-                k_BGTD,
-                new.position_BT[:, start : start + block],
-                new.position_BT,
-                scale,
-            ).sum(dim=2)
-            for start in range(0, T, block)
-        )
-        return sum(sums).flatten(0, 1)
+        sum_BGT = torch.zeros((), device=q_BHTD.device)
+        for start in range(0, T, block):
+            position_BQ = new.position_BT[:, start : start + block]
+            q_BHQD = q_BHTD[:, :, start : start + block]
+            weight_BGQT = prompt_weights(q_BHQD, k_BGTD, position_BQ, new.position_BT, scale)
+            sum_BGT = sum_BGT + weight_BGQT.sum(dim=2)
+        return sum_BGT.flatten(0, 1)
 
     def _worth(self, score_NK: Tensor, position_NK: Tensor, last_N1: Tensor) -> Tensor:
         recent_N1 = self.policy.recent(self.budget_N)[:, None]
@@ -149,11 +171,19 @@ class H2OLayer(WeighingLayer):
 
 
 class WindowLayer(EvictingLayer):
-    """No scores: of what is not among the first tokens, the oldest goes."""
+    """The score of a pair is its position: the oldest pair that is not among the first tokens goes."""
 
-    def _worth(self, score_NK: Tensor | None, position_NK: Tensor, last_N1: Tensor) -> Tensor:
+    policy: Window
+
+    def _score_prompt(self, q_BHTD: Tensor, k_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
+        return to_heads(new.position_BT, self.groups)
+
+    def _scores(self) -> Tensor:
+        return self.position_NC
+
+    def _worth(self, score_NK: Tensor, position_NK: Tensor, last_N1: Tensor) -> Tensor:
         sinks_N1 = self.policy.sinks(self.budget_N)[:, None]
-        return position_NK.double().masked_fill(position_NK < sinks_N1, torch.inf)
+        return score_NK.double().masked_fill(position_NK < sinks_N1, torch.inf)
 
     def _read(self, q_NRD: Tensor, scale: float) -> Tensor:
         pool = self.pool
@@ -166,10 +196,10 @@ def prompt_weights(
     """[B, G, Q, T]: causal attention weights, the mean over the query heads of each KV head; 0 for padding.
 
     Args:
-        position_BQ, position_BT: of queries and keys, -1 for padding.
+        position_BQ, position_BT: the positions of queries and keys, -1 for padding.
 
     Returns:
-        fp32, or fp64 for fp64.
+        The weights in fp32, or in fp64 for fp64 inputs.
     """
     exact = torch.float64 if q_BHQD.dtype == torch.float64 else torch.float32
     q_BGRQD = q_BHQD.unflatten(1, (k_BGTD.shape[1], -1))

@@ -1,31 +1,43 @@
-"""What the policies share: the prompt is read in full, then so much of it is stored as the policy wants;
-after that comes one token at a time.
+"""The layer that all policies share: it reads the whole prompt, stores the part that the policy chooses, and
+then takes one token at a time.
 
-The *index* of a pair counts the pairs of its head from 0 in the order of the pool's pages (pages_dms.py),
-which is the column of everything the policies remember about a pair. All heads of a sequence hold equally
-many pairs.
+The *index* of a pair counts the pairs of its head from 0 in the order of the pool's pages (pages_dms.py). The
+index is the pair's column in every tensor in which a policy remembers something about pairs. All heads of a
+sequence hold the same number of pairs.
 
 Shapes: B sequences, H query heads, G KV heads, N = B * G, R = H / G, T new tokens, C columns for the pairs a
 head may come to hold, D head size; positions as in sparse_attention_dms.py.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from megatron_dms.hf.cache_layer_dms import DMSCacheLayer, fresh_pairs
-from megatron_dms.hf.pages_dms import PagePool
 from megatron_dms.hf.sparse_attention_dms import NewTokens, attend
 
 from .policies import Policy
 
 
 class PolicyLayer(DMSCacheLayer):
-    """The pairs of one attention layer in DMS's pages, without its marks; subclasses know what to drop and
-    what to read. After each `take`, `read_BG`, `evicted_BG` and `occupied_BG` tell what it came to, in
-    pairs."""
+    """The pairs of one attention layer in the pages of DMS, without marks.
+
+    Subclasses decide what to drop and what to read. After each `take`, `read_BG`, `evicted_BG` and
+    `occupied_BG` say what was read, dropped and held, in pairs.
+    """
 
     memory: tuple[str, ...] = ("slot_NC", "budget_N")
-    """Names of the tensors, one row per head, that follow the sequences."""
+    """Names of the tensors, one row per head, that follow the sequences. The prompt sets them."""
+
+    slot_NC: Tensor
+    """int64: the slot of each pair."""
+    budget_N: Tensor
+    """int64: the number of pairs that each head may hold or read."""
+    read_BG: Tensor
+    """Pairs that the latest query has read."""
+    evicted_BG: Tensor
+    """Pairs that were dropped in the latest forward."""
 
     def __init__(self, policy: Policy, max_new_tokens: int) -> None:
         self.policy = policy
@@ -35,19 +47,14 @@ class PolicyLayer(DMSCacheLayer):
     def _forget_everything(self) -> None:
         super()._forget_everything()
         for name in self.memory:
-            setattr(self, name, None)
+            setattr(self, name, torch.empty(0))
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Start with no pairs, in the shape, type and device of [B, G, T, D] states."""
-        B, self.groups = key_states.shape[:2]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        values = key_states if value_states is None else value_states
-        self.pool = PagePool(B * self.groups, key_states, values)
-        self.bytes_per_pair = (key_states.shape[-1] + values.shape[-1]) * key_states.element_size()
-        self.is_initialized = True
+    def _hold(self, heads: int, key_like: Tensor, value_like: Tensor) -> None:
+        super()._hold(heads, key_like, value_like)
+        self.bytes_per_pair = (key_like.shape[-1] + value_like.shape[-1]) * key_like.element_size()
 
     def take(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
-        """[B, H, T, D]: attention of the new tokens, which are the prompt or one for each sequence.
+        """[B, H, T, D]: attention of the new tokens, which are the prompt or one token for each sequence.
 
         Args:
             q_BHTD, k_BGTD: after RoPE.
@@ -55,16 +62,18 @@ class PolicyLayer(DMSCacheLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(k_BGTD, v_BGTD)
-            out_BHTD = self._prompt(q_BHTD, k_BGTD, v_BGTD, new, scale)
+            out_BHTD = self._take_prompt(q_BHTD, k_BGTD, v_BGTD, new, scale)
             self.columns += k_BGTD.shape[2]
             return out_BHTD
         if self.pool.sure_steps == 0:
             self.pool.make_room()
-        out_BHTD = self._step(q_BHTD, k_BGTD, v_BGTD, new, scale)
+        out_BHTD = self._take_token(q_BHTD, k_BGTD, v_BGTD, new, scale)
         self.count_step()
         return out_BHTD
 
-    def _prompt(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
+    def _take_prompt(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, new: NewTokens, scale: float
+    ) -> Tensor:
         budget_B = self.policy.budget(new.count_B + self.max_new_tokens)
         self.budget_N = budget_B.repeat_interleave(self.groups)
         never_BGT = torch.zeros(k_BGTD.shape[:3], dtype=torch.bool, device=self.device)
@@ -74,41 +83,47 @@ class PolicyLayer(DMSCacheLayer):
         slot_NT = self.pool.take_many(kept_NT.sum(dim=1), index_NT)
         self.pool.write(slot_NT[kept_NT], k_BGTD.flatten(0, 1)[kept_NT], v_BGTD.flatten(0, 1)[kept_NT])
         C = self._columns(new)
-        place_NT = torch.where(kept_NT, index_NT, C)  # the others go to a column that is cut off
+        place_NT = torch.where(kept_NT, index_NT, C)  # dropped pairs go to a column that is cut off
 
         def remembered(value_NT: Tensor) -> Tensor:
             return value_NT.new_zeros(len(value_NT), C + 1).scatter_(1, place_NT, value_NT)[:, :C]
 
         self.slot_NC = remembered(slot_NT)
         self._remember(k_BGTD.flatten(0, 1), new, remembered)
-        # The last query of the prompt has read all of it: only then was anything dropped.
+        # The last query of the prompt has read the whole prompt; pairs were dropped after that.
         self.read_BG = new.count_B[:, None].expand(-1, self.groups)
         self.evicted_BG = self.read_BG - self.held_BG
         return out_BHTD
 
     def _columns(self, new: NewTokens) -> int:
-        """C."""
+        """C, the number of columns for pairs."""
         raise NotImplementedError
 
     def _choose(self, q_BHTD: Tensor, k_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
-        """[N, T] bool: which pairs of the prompt to store."""
+        """[N, T] bool: the pairs of the prompt to store."""
         raise NotImplementedError
 
-    def _remember(self, k_NTD: Tensor, new: NewTokens, remembered) -> None:
-        """Set what the steps need; `remembered` turns [N, T] values of tokens into [N, C] ones of pairs."""
+    def _remember(self, k_NTD: Tensor, new: NewTokens, remembered: Callable[[Tensor], Tensor]) -> None:
+        """Set the tensors that the steps need.
+
+        Args:
+            remembered: turns [N, T] values of tokens into [N, C] values of pairs.
+        """
         raise NotImplementedError
 
-    def _step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, new: NewTokens, scale: float) -> Tensor:
-        """Take in one token for each sequence; returns [B, H, 1, D]."""
+    def _take_token(
+        self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, new: NewTokens, scale: float
+    ) -> Tensor:
+        """Take in one token for each sequence, and return its attention [B, H, 1, D]."""
         raise NotImplementedError
 
     def _exists_NC(self) -> Tensor:
-        """[N, C] bool: the columns in which there is a pair."""
+        """[N, C] bool: the columns that have a pair."""
         return torch.arange(self.slot_NC.shape[1], device=self.device) < self.pool.count_N[:, None]
 
     @property
     def occupied_BG(self) -> Tensor:
-        """[B, G] int64: memory taken, in pairs."""
+        """[B, G] int64: the memory taken, in pairs."""
         return self.held_BG
 
     @property
@@ -120,7 +135,7 @@ class PolicyLayer(DMSCacheLayer):
         return self.pool.bookkeeping_bytes + sum(getattr(self, name).nbytes for name in self.memory)
 
     def select_sequences(self, index: Tensor) -> None:
-        """Keep, repeat or permute sequences, with all that is remembered about their pairs."""
+        """Keep, repeat or permute sequences, with everything remembered about their pairs."""
         if self.is_initialized:
             groups_G = torch.arange(self.groups, device=self.device)
             head_M = (index.to(self.device)[:, None] * self.groups + groups_G).flatten()
@@ -130,5 +145,5 @@ class PolicyLayer(DMSCacheLayer):
 
 
 def to_heads(x_BX: Tensor, groups: int) -> Tensor:
-    """[N, ...]: what is the same in all `groups` KV heads of a sequence."""
+    """[N, ...]: the values of each sequence, repeated for each of its `groups` KV heads."""
     return x_BX.repeat_interleave(groups, dim=0)

@@ -1,5 +1,5 @@
-"""A plain Hugging Face checkpoint as a model with a policy. Nothing is fetched, and no code of the folder
-runs."""
+"""Load a plain Hugging Face checkpoint as a model with a policy. Nothing is downloaded, and no code of the
+folder runs."""
 
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,15 @@ from megatron_dms.inference.loading import load_weights
 
 
 def load_plain(folder: Path, dtype: str, device: str) -> Any:
-    """The model, in evaluation mode and without gradients; its policy is "vanilla".
+    """Load the model, in evaluation mode and without gradients; its policy is "vanilla".
 
     Args:
-        dtype: of megatron_dms.inference.checkpoints.DTYPES; "auto" is the one that config.json names.
-        device: as exported.check_device returns it.
+        dtype: one of megatron_dms.inference.checkpoints.DTYPES; "auto" is the dtype that config.json names.
+        device: a device as megatron_dms.inference.loading.check_device returns it.
 
     Raises:
-        ValueError: the checkpoint is not plain, of another family or with sliding-window layers; its weights
-            are incomplete, too many, or do not fit the config.
+        ValueError: the checkpoint is not plain, belongs to another family, or has sliding-window layers; or
+            tensors are missing, unexpected, or do not fit the config.
     """
     model_type = _check_plain(folder)
     from .model import PLAIN_CLASSES
@@ -26,7 +26,7 @@ def load_plain(folder: Path, dtype: str, device: str) -> Any:
 
 
 def _check_plain(folder: Path) -> str:
-    """The model type, from config.json alone."""
+    """The model type of a plain checkpoint, from config.json alone."""
     from megatron_dms.hf import SUPPORTED_MODEL_TYPES
 
     config = read_config(folder)
@@ -43,7 +43,7 @@ def _check_plain(folder: Path) -> str:
         raise ValueError(
             f"model_type of {folder} is {model_type!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    # In Mistral's config a number switches it on, and a missing key is its default, 4096.
+    # In Mistral's config a number switches sliding windows on, and a missing key means the default, 4096.
     if model_type == "mistral" and config.get("sliding_window", 4096) is not None:
         raise ValueError(
             f"sliding_window of {folder} is {config.get('sliding_window', 4096)}, expected null: models with "

@@ -1,8 +1,8 @@
-"""Plain models over the DMS cache: the DMS classes without predictor, without borrowed channels, and with a
+"""Plain models on the DMS cache: the DMS classes without a predictor, without borrowed channels, and with a
 policy in place of decisions.
 
-They inherit what makes figures comparable: padding, a prompt computed once for all its chains, pages, and who
-counts which token.
+They inherit everything that makes figures comparable: padding, a prompt computed once for all its chains,
+pages, and the rules for which tokens count.
 """
 
 from typing import Any
@@ -24,10 +24,10 @@ from .policies import Policy, Vanilla
 
 
 class PlainAttention(DMSAttention):
-    """The family's attention; what its queries read is up to the cache."""
+    """The family's attention; the cache decides what its queries read."""
 
     def decide(self, q_BHTD: Tensor, k_BGTD: Tensor, residual: Tensor | None) -> Tensor:
-        """[B, G, T] bool: never."""
+        """[B, G, T] bool: no token decides to evict."""
         return torch.zeros(k_BGTD.shape[:3], dtype=torch.bool, device=k_BGTD.device)
 
     def _without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,20 +46,20 @@ class PlainAttention(DMSAttention):
         if isinstance(cache, BaselineCache):
             store = cache.layers[self.layer_idx]
             out_BHTD = store.take(q_BHTD, k_BGTD, v_BGTD, new, self.scaling)
-            meter.record_layer(self.layer_idx, store)
+            cache.meter.record_layer(self.layer_idx, store)
             return out_BHTD
         return super().store_and_attend(q_BHTD, k_BGTD, v_BGTD, evict_BGT, new, meter, cache)
 
 
 class PlainForCausalLM(DMSForCausalLM):
-    """Mixin like DMSForCausalLM. `policy` may be set at any time; a cache keeps the one it was made with."""
+    """Mixin like DMSForCausalLM. `policy` may be set at any time; a cache keeps its own policy."""
 
     _attention_class = PlainAttention
     policy: Policy = Vanilla()
 
     @staticmethod
     def _read_settings(config) -> DMSSettings:
-        """No lag, so that every token counts as decided, and the shortest window, as nothing leaves it."""
+        """Settings of a model that never evicts: no lag, so that every token counts as decided."""
         if getattr(config, "sliding_window", None) is not None and config.model_type == "mistral":
             raise ValueError(f"sliding_window of the config is {config.sliding_window}, expected None")
         return DMSSettings(predictor="query_channel", granularity="head", window=0, lag=0)
@@ -68,10 +68,11 @@ class PlainForCausalLM(DMSForCausalLM):
         """An empty cache with the model's policy.
 
         Args:
-            max_new_tokens: how many tokens may follow the prompt; vanilla alone needs no such number.
+            max_new_tokens: how many tokens may follow the prompt; only vanilla needs no such number.
 
         Raises:
-            ValueError: it is missing; or page_attention is not the one that returns weights.
+            ValueError: max_new_tokens is missing, or page_attention is not "torch", the only implementation
+                that returns weights.
         """
         if isinstance(self.policy, Vanilla):
             return super().make_cache()
@@ -98,7 +99,7 @@ class PlainForCausalLM(DMSForCausalLM):
             raise ValueError(f"this cache is one of {found}, the model's policy is {self.policy}")
         return settled
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # see DMSForCausalLM
         self, generation_config, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> None:
         if not isinstance(self.policy, Vanilla):
@@ -108,7 +109,7 @@ class PlainForCausalLM(DMSForCausalLM):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _refuse_for_policy(self, generation_config, model_kwargs: dict[str, Any]) -> None:
-        """What would need several prompts on one budget, or what a policy cannot follow."""
+        """Refuse options that a policy cannot follow, or that need several prompts on one budget."""
         name = self.policy.name
         if (generation_config.num_beams or 1) > 1:
             raise ValueError(f"num_beams={generation_config.num_beams} is not supported with {name}")
@@ -127,19 +128,19 @@ class PlainForCausalLM(DMSForCausalLM):
 
 
 class PlainLlama(PlainForCausalLM, LlamaForCausalLM):
-    """Llama as it is."""
+    """The plain Llama model."""
 
 
 class PlainMistral(PlainForCausalLM, MistralForCausalLM):
-    """Mistral as it is, without a sliding window."""
+    """The plain Mistral model, without a sliding window."""
 
 
 class PlainQwen2(PlainForCausalLM, Qwen2ForCausalLM):
-    """Qwen2 as it is."""
+    """The plain Qwen2 model."""
 
 
 class PlainQwen3(PlainForCausalLM, Qwen3ForCausalLM):
-    """Qwen3 as it is."""
+    """The plain Qwen3 model."""
 
 
 PLAIN_CLASSES: dict[str, type[PlainForCausalLM]] = {

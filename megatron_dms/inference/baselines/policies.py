@@ -1,7 +1,7 @@
-"""The methods by name, and how many pairs each may hold or read.
+"""The methods by name, and the number of pairs that each may hold or read.
 
-A sequence's budget is its whole allowance divided by CR: k = max(1, ceil((prompt + max new tokens) / CR))
-pairs in every KV head, the prompt's own tokens and the token being written included.
+A sequence's budget is its greatest length divided by the CR: k = max(1, ceil((prompt + max new tokens) / CR))
+pairs in every KV head. The budget includes the prompt's own tokens and the token being written.
 """
 
 import math
@@ -29,13 +29,13 @@ class Policy:
             raise ValueError(f"cr of {self.name} is {self.cr!r}, expected a finite number of at least 1")
 
     def budget(self, tokens_B: "Tensor") -> "Tensor":
-        """[B] int64: k of sequences that come to `tokens_B` tokens with all they may generate."""
+        """[B] int64: k of each sequence, for `tokens_B` tokens of prompt and possible new tokens."""
         return (tokens_B.double() / self.cr).ceil().long().clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Vanilla(Policy):
-    """Holds and reads everything: the plain model."""
+    """The plain model: it holds and reads every pair."""
 
     name = "vanilla"
 
@@ -47,46 +47,48 @@ class Vanilla(Policy):
 
 @dataclass(frozen=True)
 class TOVA(Policy):
-    """Oren et al. 2024, arXiv 2401.06104: drops the token to which the latest query gave least weight in the
-    mean over all query heads of the layer, in every KV head alike."""
+    """Oren et al. 2024, arXiv 2401.06104. Drops the token to which the latest query gave the least weight, as
+    the mean over all query heads of the layer; every KV head drops the same token."""
 
     name = "tova"
 
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Zhang et al. 2023, arXiv 2306.14048: each KV head holds its latest tokens, and of the others those with
-    the most weight summed over all queries so far (mean over the query heads of the group).
+    """Zhang et al. 2023, arXiv 2306.14048. Each KV head holds its latest tokens and the heavy hitters: the
+    other tokens with the most weight, summed over all queries so far (mean over the group's query heads).
 
-    k // 2 pairs for those heavy hitters, the rest for the latest tokens: of an odd k they get one more.
+    The heavy hitters get k // 2 pairs and the latest tokens get the rest: one pair more if k is odd.
     """
 
     name = "h2o"
 
     def recent(self, budget_B: "Tensor") -> "Tensor":
-        """[B] int64: latest tokens that are safe, the one being written included."""
+        """[B] int64: the number of latest tokens that stay, the token being written included."""
         return budget_B - budget_B // 2
 
 
 @dataclass(frozen=True)
 class Window(Policy):
-    """Xiao et al. 2023, arXiv 2309.17453: the first tokens and the latest, at the positions they had in the
-    text. (The paper moves them together instead; at lengths the model was trained for, both are defined.)"""
+    """Xiao et al. 2023, arXiv 2309.17453. Holds the first and the latest tokens, at the positions that they
+    have in the text. (The paper closes the gap in positions instead; at lengths for which the model was
+    trained, both are defined.)"""
 
     name = "window"
 
     def sinks(self, budget_B: "Tensor") -> "Tensor":
-        """[B] int64: first tokens that stay; fewer than SINKS where they would take more than half of k."""
+        """[B] int64: the number of first tokens that stay: SINKS, but at most half of k."""
         return (budget_B // 2).clamp(max=SINKS)
 
 
 @dataclass(frozen=True)
 class Quest(Policy):
-    """Tang et al. 2024, arXiv 2406.10774: holds everything, and reads the pages of pairs that could have the
-    highest scores. Every layer does; the paper's code leaves the first two dense."""
+    """Tang et al. 2024, arXiv 2406.10774. Holds every pair, and reads the pages that could have the highest
+    scores. All layers do so; the paper's code keeps the first two layers dense."""
 
     page_size: int | None = None
-    """Consecutive pairs that share a summary; None for min(16, 2 CR). Not the pool's pages."""
+    """The number of consecutive pairs that share a summary; None for min(16, 2 CR). Quest's pages are not the
+    pool's pages."""
 
     name = "quest"
 
@@ -101,7 +103,7 @@ class Quest(Policy):
         return self.page_size or min(MAX_QUEST_PAGE, int(2 * self.cr))
 
     def pages(self, budget_B: "Tensor") -> "Tensor":
-        """[B] int64: pages to read, the one being filled included."""
+        """[B] int64: the number of pages to read, the page being filled included."""
         return -(-budget_B // self.pairs_per_page)
 
 
@@ -110,10 +112,10 @@ METHODS = tuple(POLICIES)
 
 
 def make_policy(name: str, cr: float = 1.0) -> Policy:
-    """The method of that name; its class takes what else may be set.
+    """The method of that name; options other than the ratio are set on its class.
 
     Raises:
-        ValueError: unknown name, or a ratio that the method does not take.
+        ValueError: the name is unknown, or the method does not take this ratio.
     """
     if name not in POLICIES:
         raise ValueError(f"method is {name!r}, expected one of {', '.join(METHODS)}")

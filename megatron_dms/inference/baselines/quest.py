@@ -1,16 +1,17 @@
-"""Quest: every pair is held; a query reads the pages whose keys could give it the highest scores.
+"""Quest: every pair is held, and a query reads the pages whose keys could give it the highest scores.
 
 A page's summary is the least and the greatest value of each channel of its keys. No key of the page can have
 a higher product with q than the sum over channels of max(q * least, q * greatest). The KV head reads its
-pages for all query heads of the group, so these have to agree: each head's bounds become shares of attention
-(softmax over the pages), and the mean of the shares decides. So the heads weigh the same whatever the size of
-their scores, a page that one head needs badly is read, and for a single head the order is that of the paper.
+pages for all query heads of the group, so these have to agree. Each query head's bounds become shares of
+attention (a softmax over the pages), and the mean of the shares decides. Every query head thus has the same
+weight whatever the size of its scores, a page that one head needs badly is read, and for a single head the
+order is that of the paper.
 
-What counts: a summary is two vectors, as a pair is, and takes and costs as much as one. A query reads the
-summaries of all pages and the pairs of the chosen ones; where that would be no less than all pairs, it reads
-those instead, and no summary.
+A summary is two vectors, like a pair, and counts as a pair in memory and reads. A query reads the summaries
+of all pages and the pairs of the chosen pages. If that would be no fewer than all pairs, the query reads all
+pairs instead, and no summary.
 
-Shapes as in layer.py; M pages read, O pages of the longest sequence, I pairs of a page of Quest's.
+Shapes as in layer.py; M pages read, O pages of the longest sequence, I pairs of one of Quest's pages.
 """
 
 from collections.abc import Callable
@@ -22,12 +23,19 @@ from torch import Tensor
 from megatron_dms.hf.sparse_attention_dms import NewTokens
 
 from .layer import PolicyLayer, to_heads
+from .policies import Quest
 
 
 class QuestLayer(PolicyLayer):
-    """A layer that holds everything; index and position are the same."""
+    """A layer that holds every pair, so that a pair's index is its position."""
 
     memory = (*PolicyLayer.memory, "least_NOD", "greatest_NOD")
+
+    policy: Quest
+    least_NOD: Tensor
+    """The least value of each channel over the keys of each page."""
+    greatest_NOD: Tensor
+    """The greatest value of each channel over the keys of each page."""
 
     def _columns(self, new: NewTokens) -> int:
         pairs = int(new.count_B.max()) + self.max_new_tokens
@@ -39,21 +47,23 @@ class QuestLayer(PolicyLayer):
 
     def _remember(self, k_NTD: Tensor, new: NewTokens, remembered: Callable[[Tensor], Tensor]) -> None:
         by_page = (len(k_NTD), -1, self.policy.pairs_per_page, k_NTD.shape[-1])
-        # Keys from the pool, as it has them in order and without padding.
+        # The keys come from the pool, which has them in order and without padding.
         k_NOID = self.pool.keys_PSD.flatten(0, 1)[self.slot_NC].view(by_page)
         absent_NOI1 = ~self._exists_NC().view(*by_page[:3], 1)
         exists_NO1 = ~absent_NOI1.all(dim=2)
-        # Finite where there is no page yet: 0 * inf would be NaN.
+        # A page that does not exist yet gets finite values: 0 * inf would be NaN.
         self.least_NOD = k_NOID.masked_fill(absent_NOI1, torch.inf).amin(dim=2).where(exists_NO1, 0)
         self.greatest_NOD = k_NOID.masked_fill(absent_NOI1, -torch.inf).amax(dim=2).where(exists_NO1, 0)
 
-    def _step(self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, new: NewTokens, scale: float) -> Tensor:
+    def _take_token(
+        self, q_BH1D: Tensor, k_BG1D: Tensor, v_BG1D: Tensor, new: NewTokens, scale: float
+    ) -> Tensor:
         self._append(k_BG1D.flatten(0, 2), v_BG1D.flatten(0, 2))
         size = self.policy.pairs_per_page
         count_N = self.pool.count_N
         pages_N = -(-count_N // size)
         chosen_N = self.policy.pages(self.budget_N)
-        # All pages but the last of the chosen are full.
+        # All chosen pages but the last one are full.
         sparse_N = pages_N + (chosen_N - 1) * size + (count_N - (pages_N - 1) * size)
         dense_N = (chosen_N >= pages_N) | (sparse_N >= count_N)
         q_NRD = q_BH1D.reshape(len(count_N), -1, q_BH1D.shape[-1])
@@ -64,7 +74,7 @@ class QuestLayer(PolicyLayer):
         return out_NRD.reshape(*q_BH1D.shape[:3], -1)
 
     def _append(self, k_ND: Tensor, v_ND: Tensor) -> None:
-        """Write one pair into each head, and into the summary of its last page."""
+        """Write one pair into each head, and update the summary of the head's last page."""
         pool = self.pool
         index_N = pool.count_N.clone()
         slot_N = pool.take_one(torch.zeros_like(index_N, dtype=torch.bool), index_N)
@@ -77,7 +87,7 @@ class QuestLayer(PolicyLayer):
             summary_NOD[head_N, page_N] = torch.where(opens_N1, k_ND, extreme(so_far_ND, k_ND))
 
     def _best_pages(self, q_NRD: Tensor, pages_N: Tensor, wanted_N: Tensor, scale: float) -> Tensor:
-        """[N, M] int64: the `wanted_N` best of each head's `pages_N` pages, and -1 behind them."""
+        """[N, M] int64: the best `wanted_N` of each head's `pages_N` pages, followed by -1."""
         exact = torch.float64 if q_NRD.dtype == torch.float64 else torch.float32
         q_NRD = q_NRD * scale
         # max(q * least, q * greatest) is q * greatest where q is positive, and q * least elsewhere.
@@ -86,17 +96,17 @@ class QuestLayer(PolicyLayer):
         nth_O = torch.arange(bound_NRO.shape[2], device=self.device)
         absent_NO = nth_O >= pages_N[:, None]
         share_NO = bound_NRO.to(exact).masked_fill(absent_NO[:, None], -torch.inf).softmax(dim=2).mean(dim=1)
-        share_NO = share_NO.masked_fill(nth_O == pages_N[:, None] - 1, 2.0)  # being filled: always among them
+        share_NO = share_NO.masked_fill(nth_O == pages_N[:, None] - 1, 2.0)  # being filled: always read
         M = int(wanted_N.max())
         page_NM = share_NO.masked_fill(absent_NO, -1.0).topk(M, dim=1).indices
         return page_NM.masked_fill(torch.arange(M, device=self.device) >= wanted_N[:, None], -1)
 
     def _read_pages(self, q_NRD: Tensor, page_NM: Tensor, scale: float) -> Tensor:
-        """[N, R, D]: attention over the pairs of these pages."""
+        """[N, R, D]: attention over the pairs of the pages `page_NM`."""
         size, pool = self.policy.pairs_per_page, self.pool
         index_NK = (page_NM[:, :, None] * size + torch.arange(size, device=self.device)).flatten(1)
         exists_NK = (index_NK >= 0) & (index_NK < pool.count_N[:, None])
-        # What is missing is read from the head's own first slot: another head's could hold a NaN.
+        # A missing pair is read from the head's own first slot, because another head's slot could hold a NaN.
         slot_NK = self.slot_NC.gather(1, index_NK.masked_fill(~exists_NK, 0))
         return F.scaled_dot_product_attention(
             q_NRD[:, None],
@@ -108,7 +118,7 @@ class QuestLayer(PolicyLayer):
 
     @property
     def occupied_BG(self) -> Tensor:
-        """Pairs and summaries."""
+        """[B, G] int64: pairs and summaries."""
         return self.held_BG + -(-self.held_BG // self.policy.pairs_per_page)
 
     @property

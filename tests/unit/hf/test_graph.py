@@ -86,7 +86,7 @@ class RecordedStep(GraphedStep):
             self._logits_BV = self._forward()
         for part, old in zip(state, before, strict=True):
             part.copy_(old)
-        self._replay = recording.replay
+        return recording.replay
 
 
 class Pair:

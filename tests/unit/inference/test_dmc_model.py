@@ -98,7 +98,7 @@ def test_cache_equals_forward_equals_lists_of_slots(family: str, monkeypatch: py
 
     references = [ListOfSlots() for _ in range(LAYERS)]
     for layer, slots in zip(model.model.layers, references, strict=True):
-        monkeypatch.setattr(layer.self_attn, "store_and_attend", slots)
+        monkeypatch.setattr(layer.self_attn, "merge_and_attend", slots)
     for t in range(T):
         step = model(ids[:, t : t + 1], position_ids=torch.full((2, 1), t), use_cache=False).logits
         torch.testing.assert_close(step[:, 0], whole[:, t], **CLOSE)
@@ -170,7 +170,7 @@ def test_running_mean_is_kept_in_fp32() -> None:
     for t in range(400):
         new = dmc_model.NewTokens.place(torch.tensor([t]), 1, None)
         key = keys[:, :, t : t + 1]
-        found, _, running = dmc_model.accumulate(key, key, dmc_model.Decisions(*decided), new, running)
+        found, _, running = dmc_model.accumulate(key, key, dmc_model.MergeDecisions(*decided), new, running)
     alpha, log_importance = torch.ones(1, 1, 400), torch.zeros(1, 1, 400)
     expected, _ = merge_pairs(keys, keys, alpha, log_importance)
     assert found.dtype == torch.bfloat16 and found.item() == expected[..., -1, :].item()
