@@ -194,6 +194,8 @@ class KVMeter:
     @torch.inference_mode(False)
     def select_sequences(self, index: Tensor) -> None:
         """Follow the cache when a beam search reorders, repeats or drops sequences."""
+        if not self.rows:
+            return
         for names, dim in ((PER_SEQUENCE, 0), (self.per_head, 1)):
             for name in names:
                 value = getattr(self, name)
