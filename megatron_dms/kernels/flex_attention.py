@@ -30,7 +30,9 @@ def flex_attention(
     def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return torch.where(i - j > window, score + log_keep[b, h // group, j], score)
 
-    run: Callable[..., Any] = _compiled() if q.is_cuda else torch_flex_attention
+    run: Callable[..., Any] = torch_flex_attention
+    if q.is_cuda:
+        run = _compiled()
     return run(
         q, k, v, score_mod=add_bias, block_mask=_causal_mask(T, q.device), scale=scale, enable_gqa=group > 1
     )
