@@ -1,4 +1,6 @@
-"""Back-ends of DMS attention for training, by name. All compute `megatron_dms.ops.attention.dms_attention`.
+"""Back-ends of DMS attention for training, by name.
+
+All compute `megatron_dms.ops.attention.dms_attention`, with which the tests compare outputs and gradients.
 
 | name | memory | cost | runs on |
 |---|---|---|---|
@@ -35,13 +37,13 @@ def backend_name(name: str, device: torch.device | str) -> str:
 
 @functools.cache
 def attention_backend(name: str, **options: float) -> AttentionBackend:
-    """The back-end of that name, with options of its own set (triton: `threshold`).
+    """The back-end of that name, with its own options set (triton: `threshold`).
 
-    Only its own module is imported.
+    Only the module of this back-end is imported.
 
     Raises:
-        ValueError: there is none; nothing else is taken in its place.
-        ImportError: what it is built on (triton) is not installed.
+        ValueError: there is no back-end of that name; no other one is taken in its place.
+        ImportError: a library that the back-end needs (triton) is not installed.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention back-end is {name!r}, expected one of {sorted(BACKENDS)}")

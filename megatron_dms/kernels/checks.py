@@ -1,17 +1,17 @@
-"""What every back-end checks before it launches anything."""
+"""The checks of every back-end before it launches anything."""
 
 import torch
 from torch import Tensor
 
 ROW_BYTES = 16
-"""GPUs load rows in words of so many bytes, if rows begin at multiples of it."""
+"""GPUs load rows in words of this many bytes, if rows begin at multiples of it."""
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int) -> None:
-    """Shapes as in ops.attention, one type and one device.
+    """Check that shapes are those of ops.attention, and that all inputs have one type and one device.
 
     Raises:
-        ValueError: names what was found and what was expected.
+        ValueError: the message names what was found and what was expected.
     """
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"expected q [B,H,T,D] and k [B,G,T,D], found {tuple(q.shape)} and {tuple(k.shape)}")
@@ -39,7 +39,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, log_keep: Tensor, window: int)
 
 
 def with_wide_rows(x: Tensor) -> Tensor:
-    """`x` itself if its channels are contiguous and its rows can be loaded in whole words, else a copy."""
+    """`x` itself if its channels are contiguous and its rows can be loaded in whole words; else a copy."""
     size = x.element_size()
     starts = (x.data_ptr(), *(stride * size for stride in x.stride()[:-1]))
     aligned = all(start % ROW_BYTES == 0 for start in starts)

@@ -1,12 +1,13 @@
 """DMS attention from two calls of torch's own flash attention, joined through their log-sum-exps.
 
-The first call reads the window, without bias. The second reads what is older: shifted by window + 1 tokens,
-queries and keys are in plain causal attention again. Flash attention knows no bias, but a score is a sum over
-channels: a few channels are added, in which a query has 1 and a key its bias. (Several, because one in bf16
-has 8 bits of it: each takes what the ones before have left.) The borrowed channel cannot serve: with the
-query_channel predictor it is free in one query head of each group only.
+The first call reads the window, without bias. The second call reads the older keys: shifted by window + 1
+tokens, queries and keys are in plain causal attention again. Flash attention has no bias, but a score is a
+sum over channels. So a few channels are added, in which a query has 1 and a key has its bias. (There are
+several, because one channel in bf16 has 8 bits of the bias: each takes what the channels before it have left.)
+The borrowed channel cannot serve for this: with the query_channel predictor it is free in only one query head
+of each group.
 
-Cost follows the causal triangle, whatever has been evicted.
+The cost follows the causal triangle, whatever has been evicted.
 
 Shapes: B samples, H query heads, G KV heads, T tokens, D head size, O tokens of the second call.
 """
@@ -23,11 +24,11 @@ from megatron_dms.kernels.checks import check_inputs, with_wide_rows
 from megatron_dms.kernels.flash_calls import causal, windowed
 
 BIAS_CHANNELS = 3
-"""Parts of the bias: 24 bits in bf16, 33 in fp16."""
+"""The number of parts of the bias: 24 bits in bf16, 33 bits in fp16."""
 ADDED_CHANNELS = 8
-"""Flash attention on CUDA takes multiples of 8."""
+"""Flash attention on CUDA takes head sizes that are multiples of 8."""
 LOWEST_BIAS = -2000.0
-"""In nats, in place of -inf, which would be NaN minus itself: exp(-2000) is 0, and 2000 * sqrt(256) a number
+"""Stands for -inf, because -inf - -inf would be NaN; in nats. exp(-2000) is 0, and 2000 * sqrt(256) is finite
 in fp16."""
 
 
@@ -37,12 +38,12 @@ def flash_attention(
     """`megatron_dms.ops.attention.dms_attention` in memory that grows with T, not with T * T.
 
     Args:
-        q, k, v: on CUDA bf16 or fp16 with a head size that is a multiple of 8 up to 248, on CPU
-            any.
+        q, k, v: on CUDA bf16 or fp16, with a head size that is a multiple of 8 up to 248; on CPU of any type
+            and head size.
         log_keep: fp32.
 
     Raises:
-        ValueError: shapes, types or devices that do not go together; names them.
+        ValueError: shapes, types or devices that do not fit together; the message names them.
     """
     check_inputs(q, k, v, log_keep, window)
     D = q.shape[-1]
@@ -75,7 +76,7 @@ class _FlashAttention(Function):
             out = near.out * (near.lse - lse).exp()[..., None]
             out[:, :, -old:] += far.out[..., :D] * (far.lse - lse[..., -old:]).exp()[..., None]
             out = out.to(q.dtype)
-        # q, k and v live on in these, the outputs do not.
+        # The backward functions keep q, k and v alive, but not the outputs.
         ctx.backwards, ctx.old, ctx.scale = (near.backward, far and far.backward), old, scale
         ctx.save_for_backward(out, lse)
         return out
@@ -104,7 +105,7 @@ class _FlashAttention(Function):
 
 
 def _widened(x: Tensor) -> Tensor:
-    """[..., D + ADDED_CHANNELS], zeros in the new channels."""
+    """[..., D + ADDED_CHANNELS], with zeros in the new channels."""
     return F.pad(x, (0, ADDED_CHANNELS))
 
 

@@ -1,8 +1,8 @@
 """The flash attention that torch has, forward and backward: causal, and causal within a window.
 
-Both return the log-sum-exp beside the output, and their backward takes output and log-sum-exp as given:
-whoever joins several calls into one softmax passes the joined ones, and gets the exact gradients of the
-whole.
+Both functions return the log-sum-exp beside the output, and their backward takes the output and the
+log-sum-exp as arguments. A caller that joins several calls into one softmax passes the joined output and
+log-sum-exp, and gets the exact gradients of the whole.
 
 Shapes: B samples, H query heads, G KV heads, T tokens, D head size; lse [B, H, T] fp32, natural logarithm.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_dms.upstream.torch_flash_attention import Call, cpu_attention, cuda_attention
 
 MIN_BLOCK = 64
-"""Queries in a block of the windowed attention on CPU, at least."""
+"""The least number of queries in a block of the windowed attention on CPU."""
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Call:
@@ -32,13 +32,13 @@ def windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Call
 
 
 def _cpu_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Call:
-    """Blocks of S >= window queries become samples; each reads its own S keys and the S before."""
+    """Blocks of S >= window queries become samples; each block reads its own S keys and the S keys before."""
     B, H, T, _ = q.shape
     S = max(window, MIN_BLOCK)
     blocks = -(-T // S)
     i, j = torch.arange(S)[:, None], torch.arange(-S, S)
     readable = (i >= j) & (i - j <= window)
-    # Before the first block are keys that do not exist.
+    # The keys before the first block do not exist.
     readable = torch.stack([readable & (j >= 0)] + [readable] * (blocks - 1)).repeat(B, 1, 1)
     mask = torch.zeros(readable.shape, dtype=q.dtype).masked_fill_(~readable, float("-inf"))[:, None]
 
@@ -54,7 +54,9 @@ def _cpu_in_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -
         before = F.pad(own, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
         return torch.cat([before, own], dim=3).flatten(0, 1)
 
-    def add_blocks(x: Tensor) -> Tensor:  # its transpose: [B * blocks, heads, 2 S, D] -> [B, heads, T, D]
+    def add_blocks(
+        x: Tensor,
+    ) -> Tensor:  # the transpose of with_block_before: [B * blocks, heads, 2 S, D] -> [B, heads, T, D]
         before, own = x.unflatten(0, (B, blocks)).chunk(2, dim=3)
         own = own + F.pad(before, (0, 0, 0, 0, 0, 0, 0, 1))[:, 1:]
         return join(own.flatten(0, 1))

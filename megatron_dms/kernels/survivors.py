@@ -1,9 +1,9 @@
-"""Which keys are worth reading beyond their window.
+"""The survivors: the keys that are worth reading beyond their window.
 
 A key whose bias log(1 - alpha) is below a threshold has, outside the window, a softmax weight of at most
-exp(threshold + score - largest score of the query). At the default threshold of -40 that is 4e-18 for a score
-as high as the highest, so that even one 20 above everything in the window (and its gradients) stays below the
-rounding of fp32.
+exp(threshold + score - largest score of the query). At the default threshold of -40, that is 4e-18 for a key
+whose score equals the largest score. Even a key whose score is 20 above every score in the window stays below
+the rounding of fp32, and so do its gradients.
 
 Shapes: B samples, G KV heads, T tokens.
 """
@@ -20,14 +20,14 @@ class Survivors(NamedTuple):
     """The keys of each KV head, the surviving ones first."""
 
     order_BGT: Tensor
-    """int32 positions: those of the survivors in ascending order, then the others, in ascending order too."""
+    """int32 positions: the survivors in ascending order, then the other keys in ascending order."""
     before_BGS: Tensor
-    """[B, G, T + 1] int32: how many of the first t tokens survive."""
+    """[B, G, T + 1] int32: the number of survivors among the first t tokens."""
 
 
 def find_survivors(log_keep_BGT: Tensor, threshold: float = THRESHOLD) -> Survivors:
-    """Sort keys into survivors and others. Nothing waits for the device."""
-    survives_BGT = ~(log_keep_BGT < threshold)  # a NaN does, and is seen
+    """Sort keys into survivors and others. The host does not wait for the device."""
+    survives_BGT = ~(log_keep_BGT < threshold)  # a NaN survives, so that it is seen
     T = log_keep_BGT.shape[-1]
     upto_BGT = survives_BGT.cumsum(dim=-1)
     position_T = torch.arange(T, device=log_keep_BGT.device)

@@ -1,8 +1,7 @@
-"""DMS attention in Triton: cost follows the window and the keys that survive (kernels: triton_forward.py,
-triton_backward.py).
+"""DMS attention in Triton, whose cost follows the window and the keys that survive.
 
-Without a GPU the kernels run, slowly, in Triton's interpreter: set TRITON_INTERPRET=1 before this is
-imported.
+The kernels are in triton_forward.py and triton_backward.py. Without a GPU they run, slowly, in Triton's
+interpreter: set TRITON_INTERPRET=1 before this module is imported.
 
 Shapes: B samples, H query heads, G KV heads, T tokens, D head size.
 """
@@ -29,12 +28,12 @@ LOG2_E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
-    """Sizes of a kernel's blocks and launch options."""
+    """The block sizes and launch options of a kernel."""
 
     M: int
-    """Queries."""
+    """Queries in a block."""
     N: int
-    """Keys."""
+    """Keys in a block."""
     num_warps: int
     num_stages: int
 
@@ -50,16 +49,16 @@ def triton_attention(
 ) -> Tensor:
     """`megatron_dms.ops.attention.dms_attention`, but keys with log_keep < threshold end with their window.
 
-    Products take their factors in the type of the inputs and sum in fp32 (fp32 inputs: exact, no TF32).
-    Deterministic: gradients too are the same in every bit each time.
+    Products take factors in the type of the inputs and sum in fp32 (fp32 inputs exactly, without TF32).
+    The result is deterministic: outputs and gradients are the same in every bit each time.
 
     Args:
-        q, k, v: of one type among fp32, bf16 and fp16; channels contiguous, D up to 256.
+        q, k, v: all in fp32, bf16 or fp16; channels contiguous, D up to 256.
         log_keep: fp32.
         threshold: in nats; see survivors.py.
 
     Raises:
-        ValueError: shapes, types or devices that the kernels cannot take; names them.
+        ValueError: shapes, types or devices that the kernels cannot take; the message names them.
     """
     check_inputs(q, k, v, log_keep, window)
     if q.dtype not in DTYPES or q.shape[-1] > MAX_HEAD_SIZE:
@@ -73,7 +72,7 @@ def triton_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = min(window, q.shape[2])  # positions plus window must be a number of 32 bits
-    with torch.cuda.device_of(q):  # where Triton launches; in the backward autograd sees to it
+    with torch.cuda.device_of(q):  # Triton launches on the current device; autograd sets it in the backward
         return _TritonAttention.apply(q, k, v, log_keep.contiguous(), window, scale, threshold)
 
 
@@ -120,7 +119,7 @@ class _TritonAttention(Function):
         del kept_k, kept_v
         dk, dv, dlog_keep = torch.empty_like(k), torch.empty_like(v), torch.empty_like(log_keep)
         blocks = key_blocks(D, q.dtype)
-        # One block more, as survivors and others both end with one that is not full.
+        # One block more, as survivors and others may both end with a block that is not full.
         key_gradients[(triton.cdiv(T, blocks.N) + 1, B * G)](
             q, k, v, order, log_keep, before, lse, grad, delta, dk, dv, dlog_keep,
             *strides, *dk.stride()[:3], *dv.stride()[:3], *factors, LOG2_E, **constants, **blocks._asdict(),
@@ -129,7 +128,7 @@ class _TritonAttention(Function):
 
 
 def _packed(k: Tensor, v: Tensor, log_keep: Tensor, survivors: Survivors) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values and biases (times log2 e) of the survivors, side by side; nothing is in the rest."""
+    """Keys, values and biases (times log2 e) of the survivors, side by side; the rest is uninitialised."""
     B, G, T, D = k.shape
     kept_k, kept_v = k.new_empty(B, G, T, D), v.new_empty(B, G, T, D)
     bias = torch.empty_like(log_keep)
@@ -148,7 +147,7 @@ def _constants(q: Tensor, k: Tensor) -> dict[str, Any]:
 
 
 def padded(D: int) -> int:
-    """Channels of a block: a power of two, as Triton wants it."""
+    """The number of channels of a block: a power of two, as Triton requires."""
     return max(16, triton.next_power_of_2(D))
 
 

@@ -8,7 +8,7 @@ checkpoint brings along is never executed: no Auto class and no auto_map is aske
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -86,16 +86,16 @@ class _Decisions:
             layer.self_attn.decide = partial(decisions._decide, layer.self_attn, layer.self_attn.decide)
         return decisions
 
-    def _decide(self, attention: "DMSAttention", decide: Callable[..., Any], *inputs: Tensor) -> Any:
+    def _decide(self, attention: "DMSAttention", decide: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         settings = attention.settings
         margin = LOGIT_TOLERANCE * settings.alpha_scale
         bounds = []
         for offset in (settings.alpha_offset - margin, settings.alpha_offset + margin):
             attention.settings = replace(settings, alpha_offset=offset)
-            bounds.append(_marks(decide(*inputs)))
+            bounds.append(decide(*inputs))
         attention.settings = settings
         decided = decide(*inputs)
-        self.evict_BGT.append(_marks(decided).clone())
+        self.evict_BGT.append(decided.clone())
         self.near_zero_BGT.append(bounds[0] ^ bounds[1])
         return decided
 
@@ -104,8 +104,3 @@ class _Decisions:
         outputs = Outputs(logits, torch.stack(self.evict_BGT), torch.stack(self.near_zero_BGT))
         self.evict_BGT, self.near_zero_BGT = [], []
         return outputs
-
-
-def _marks(decided: Any) -> Tensor:
-    """[B, G, T] bool, of what `decide` returns: with importances beside it where pairs are merged."""
-    return decided if isinstance(decided, Tensor) else decided.merge
