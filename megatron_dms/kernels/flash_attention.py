@@ -3,7 +3,7 @@
 The first call reads the window, without bias. The second call reads the older keys: shifted by window + 1
 tokens, queries and keys are in plain causal attention again. Flash attention has no bias, but a score is a
 sum over channels. So a few channels are added, in which a query has 1 and a key has its bias. (There are
-several, because one channel in bf16 has 8 bits of the bias: each takes what the channels before it have left.)
+several, because one channel in bf16 has 8 bits of the bias: each takes what the channels before it left.)
 The borrowed channel cannot serve for this: with the query_channel predictor it is free in only one query head
 of each group.
 

@@ -1,11 +1,11 @@
-"""Triton kernels of DMS attention, backward: one for queries, one for keys, values and biases.
+"""Triton kernels for the backward of DMS attention: one for queries, one for keys, values and biases.
 
-Both recompute the scores, and get the weights from the log-sum-exp that the forward has left. Each gradient
-is summed by one program in a fixed order, so that a result is the same in every bit each time.
+Both kernels recompute the scores, and get the weights from the log-sum-exp of the forward. One program sums
+each gradient in a fixed order, so that a result is the same in every bit each time.
 
-The second kernel deals out a KV head's keys in the order of survivors.py: blocks of survivors, which the
-queries up to the end of the text may read, then blocks of the others, which nobody reads beyond their window.
-A key thus belongs to one program, which takes the query heads of the group one after the other.
+The second kernel distributes a KV head's keys in the order of survivors.py: first blocks of survivors, which
+all queries up to the end of the text may read, then blocks of the other keys, which no query reads beyond
+their window. Each key thus belongs to one program, which takes the query heads of the group one by one.
 
 Shapes: M queries and N keys of a block, T tokens, D head size, DP the power of two that holds it.
 """
@@ -21,7 +21,7 @@ def query_sums(
     out_ptr, grad_ptr, delta_ptr, stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, T,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """delta [B, H, T] fp32: output times its gradient, summed over channels."""
+    """Write delta [B, H, T] fp32: output times its gradient, summed over channels."""
     m_M = tl.program_id(0) * M + tl.arange(0, M)
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
@@ -55,9 +55,9 @@ def query_gradients(
     """dq of one block of queries of one head; the loops are those of the forward.
 
     Args:
-        grad_ptr, dq_ptr: gradient of the output, and of the queries, by their strides.
-        delta_ptr: from `query_sums`.
-        natural_scale: factor on q . k; the others as in attend_queries.
+        grad_ptr, dq_ptr: gradients of the output and of the queries, addressed by their strides.
+        delta_ptr: the result of `query_sums`.
+        natural_scale: factor on q . k; the other arguments are those of attend_queries.
     """
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     b = (tl.program_id(1) // H).to(tl.int64)
@@ -145,16 +145,16 @@ def key_gradients(
     """dk, dv and d(log_keep) of one block of keys of one KV head.
 
     Args:
-        order_ptr: [B, G, T] int32, positions: the survivors in ascending order, then the others likewise.
+        order_ptr: [B, G, T] int32, positions: the survivors in ascending order, then the other keys.
         log_keep_ptr, dlog_keep_ptr: [B, G, T] fp32, in the order of positions.
-        dk_ptr, dv_ptr: by their strides.
+        dk_ptr, dv_ptr: gradients of keys and values, addressed by their strides.
     """
     b = (tl.program_id(1) // G).to(tl.int64)
     g = (tl.program_id(1) % G).to(tl.int64)
     kept = tl.load(before_ptr + (b * G + g) * (T + 1) + T)
     blocks_kept = tl.cdiv(kept, N)
     block = tl.program_id(0)
-    survives = block < blocks_kept  # the longest ones start first
+    survives = block < blocks_kept  # the longest programs start first
     start = tl.where(survives, block * N, kept + (block - blocks_kept) * N)
     end = tl.where(survives, kept, T)
     if start < end:

@@ -1,9 +1,9 @@
-"""Triton kernel of DMS attention, forward: outputs and log-sum-exps of one block of queries.
+"""Triton kernel for the forward of DMS attention: outputs and log-sum-exps of one block of queries.
 
-Window and rest are two loops of one online softmax. The window is read from the keys as they lie, without
-bias. The rest is read from the survivors alone: the keys of a KV head whose bias is not negligible, packed in
-ascending order (survivors.py), so that what has been evicted costs nothing. Scores are kept in base 2, which
-is what the hardware exponentiates in.
+Window and rest are two loops of one online softmax. The first loop reads the window from the keys in place,
+without bias. The second loop reads only the survivors beyond the window: the keys of a KV head whose bias is
+not negligible, packed in ascending order (survivors.py), so that evicted keys cost nothing. Scores are in base
+2, in which the hardware exponentiates.
 
 Shapes: M queries and N keys of a block, T tokens, D head size, DP the power of two that holds it.
 """
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
-"""In place of -inf for a row that has seen no key yet: -inf - -inf would be NaN."""
+"""Stands for -inf in a row that has seen no key yet, because -inf - -inf would be NaN."""
 
 
 @triton.jit
 def load_rows(base, row, stride, size, D: tl.constexpr, DP: tl.constexpr, TO: tl.constexpr):
-    """[rows, DP] of a matrix with contiguous channels; 0 where a row or channel does not exist."""
+    """Load [rows, DP] of a matrix with contiguous channels; 0 where a row or channel does not exist."""
     d = tl.arange(0, DP)
     inside = row[:, None] < size
     if D < DP:
@@ -27,7 +27,7 @@ def load_rows(base, row, stride, size, D: tl.constexpr, DP: tl.constexpr, TO: tl
 
 @triton.jit
 def absorb(score_MN, v_ND, out_MD, total_M, peak_M, VALUE: tl.constexpr):
-    """Take one block of scores and values into an online softmax."""
+    """Add one block of scores and values to an online softmax."""
     new_M = tl.maximum(peak_M, tl.max(score_MN, 1))
     shrink_M = tl.exp2(peak_M - new_M)
     weight_MN = tl.exp2(score_MN - new_M[:, None])
@@ -43,7 +43,7 @@ def recent_block(
     q_MD, m_M, k_base, v_base, start_n, n_N, stride_kt, stride_vt, T, window, scale,
     D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and scores of a block of keys as they lie; -inf where a key is not in a query's window."""
+    """Keys, values and scores of a block of keys in place; -inf where a key is not in a query's window."""
     far = tl.cast(start_n, tl.int64)
     k_ND = load_rows(k_base + far * stride_kt, n_N, stride_kt, T - start_n, D, DP, DOT)
     v_ND = load_rows(v_base + far * stride_vt, n_N, stride_vt, T - start_n, D, DP, DOT)
@@ -57,7 +57,7 @@ def kept_block(
     q_MD, kept_k, kept_v, kept_bias, start_n, n_N, end, scale,
     D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Keys, values and scores of a block of survivors, of which those before `end` exist."""
+    """Keys, values and scores of a block of survivors; the survivors before `end` exist."""
     far = tl.cast(start_n, tl.int64)
     k_ND = load_rows(kept_k + far * D, n_N, D, end - start_n, D, DP, DOT)
     v_ND = load_rows(kept_v + far * D, n_N, D, end - start_n, D, DP, DOT)
@@ -67,7 +67,7 @@ def kept_block(
 
 @triton.jit
 def hide_recent(score_MN, m_M, positions, start_n, n_N, end, window):
-    """Leave the scores of survivors that exist and are older than a query's window."""
+    """Keep the scores of survivors that exist and are older than a query's window; -inf elsewhere."""
     exists_N = start_n + n_N < end
     position_N = tl.load(positions + start_n + n_N, mask=exists_N, other=0)
     readable_MN = exists_N[None, :] & (m_M[:, None] - position_N[None, :] > window)
@@ -82,19 +82,19 @@ def attend_queries(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one query head.
+    """Attention of one block of queries of one query head.
 
     Args:
-        q_ptr, k_ptr, v_ptr, out_ptr: by their strides.
-        kept_k_ptr, kept_v_ptr: [B, G, T, D], keys and values of the survivors, then anything.
+        q_ptr, k_ptr, v_ptr, out_ptr: tensors that are addressed by their strides.
+        kept_k_ptr, kept_v_ptr: [B, G, T, D], keys and values of the survivors; the rest is uninitialised.
         position_ptr: [B, G, T] int32, the survivors' positions.
         bias_ptr: [B, G, T] fp32, the survivors' biases times log2(e).
-        before_ptr: [B, G, T + 1] int32, how many of the first t tokens survive.
+        before_ptr: [B, G, T + 1] int32, the number of survivors among the first t tokens.
         lse_ptr: [B, H, T] fp32, log2 of the sum of exp2(score).
         scale: factor on q . k, times log2(e).
-        DOT: type of the factors of products: q's own, fp32 in the interpreter.
+        DOT: type of the factors of products: the type of q, or fp32 in the interpreter.
     """
-    # The last queries have the most keys to read: they start first.
+    # The last queries have the most keys to read, so they start first.
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
@@ -117,7 +117,7 @@ def attend_queries(
         )
         out_MD, total_M, peak_M = absorb(score_MN, v_ND, out_MD, total_M, peak_M, v_ptr.dtype.element_ty)
 
-    # Survivors older than every query's window need no mask; the last few are older than some only.
+    # Survivors older than every query's window need no mask; the last few are older than some windows only.
     head = (b * G + g) * T
     before = before_ptr + (b * G + g) * (T + 1)
     for_all = tl.load(before + tl.maximum(start_m - window, 0)) // N * N
