@@ -2,8 +2,8 @@
 
 Window and rest are two loops of one online softmax. The first loop reads the window from the keys in place,
 without bias. The second loop reads only the survivors beyond the window: the keys of a KV head whose bias is
-not negligible, packed in ascending order (survivors.py), so that evicted keys cost nothing. Scores are in base
-2, in which the hardware exponentiates.
+not negligible, packed in ascending order (survivors.py), so that evicted keys cost nothing. Scores are in
+base 2, in which the hardware exponentiates.
 
 Shapes: M queries and N keys of a block, T tokens, D head size, DP the power of two that holds it.
 """
