@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_dms.hf.cache_layer_dms import DMSCacheLayer, fresh_pairs
+from megatron_dms.hf.pages_dms import PagePool
 from megatron_dms.hf.sparse_attention_dms import NewTokens, attend
 
 from .policies import Policy
@@ -50,7 +51,9 @@ class PolicyLayer(DMSCacheLayer):
             setattr(self, name, torch.empty(0))
 
     def _hold(self, heads: int, key_like: Tensor, value_like: Tensor) -> None:
-        super()._hold(heads, key_like, value_like)
+        """As DMSCacheLayer, but without the ring of slots and marks, which no policy needs."""
+        self.dtype, self.device = key_like.dtype, key_like.device
+        self.pool = PagePool(heads, key_like, value_like)
         self.bytes_per_pair = (key_like.shape[-1] + value_like.shape[-1]) * key_like.element_size()
 
     def take(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, new: NewTokens, scale: float) -> Tensor:
