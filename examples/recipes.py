@@ -10,7 +10,7 @@ from megatron_dms.planning.devices import DEVICES, Assumptions
 from megatron_dms.planning.job import RECIPES, Job, RankLayout
 from megatron_dms.planning.models import preset
 from megatron_dms.planning.search import Plan, plan_layout, steps_to
-from megatron_dms.training.startup import check_dms_flags
+from megatron_dms.training.startup import parse_dms_flags
 
 HERE = Path(__file__).resolve().parent
 RATIOS = (4, 8)
@@ -94,7 +94,7 @@ def read_recipe(path: Path, model: Model) -> Recipe:
     """
     settings = read_env(path)
     words, nodes = settings["TRAIN_ARGS"].split(), int(settings["NODES"])
-    flags, dms, kind = _flags(words), check_dms_flags(words), RECIPES[path.stem]
+    flags, dms, kind = _flags(words), parse_dms_flags(words), RECIPES[path.stem]
     found = (dms.train == "all", dms.predictor == "linear", dms.teacher != "self")
     if found != (kind.trains_all, kind.linear, kind.own_teacher):
         raise ValueError(f"{path}: found --dms-* flags of another recipe, expected those of {kind.name}")

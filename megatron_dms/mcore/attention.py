@@ -1,13 +1,13 @@
 """DMS self-attention for Megatron-Core: predictor, eviction and core attention.
 
-The decision's raw value (and the importance's, where pairs are merged) travels from the projections to the
-core attention as one more channel of the value, which RoPE does not touch: plain dataflow, so that
-recomputation of the core attention differentiates it like any other input, and no state is kept between the
-two.
+The raw value of a decision travels from the projections to the core attention as one more channel of the
+value, which RoPE does not touch. (If pairs are merged, the raw value of the importance is a second further
+channel.) So the raw value is an input like any other: recomputation of the core attention differentiates it,
+and no state is kept between the two modules.
 
 Shapes follow Megatron: T tokens, B samples, H query heads and G KV heads of this rank, D head size. Under
-context parallelism T is the rank's part of the sequence, but inside the core attention the whole of it, and H
-and G the rank's share of the heads (context_parallel.py).
+context parallelism, T is this rank's part of the sequence. Inside the core attention, T is the whole
+sequence, and H and G are this rank's share of the heads (context_parallel.py).
 """
 
 from typing import Any
@@ -29,10 +29,10 @@ from megatron_dms.ops.eviction import Eviction, hard_eviction, logistic_noise, s
 
 
 class DMSSelfAttention(SelfAttention):
-    """Megatron's self-attention whose keys and values can be evicted.
+    """Megatron's self-attention, with keys and values that can be evicted or merged.
 
     `hidden_states` must be the residual stream before the input norm (see norms.py), and `packed_seq_params`
-    a Microbatch.
+    must be a Microbatch.
     """
 
     def __init__(
@@ -52,8 +52,12 @@ class DMSSelfAttention(SelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """As SelfAttention.forward. `key_value_states` means nothing to self-attention, and is the one
-        argument that Megatron passes on to get_query_key_value_tensors: it takes the microbatch there."""
+        """Run SelfAttention.forward. `key_value_states` means nothing to self-attention, and is the only
+        argument that Megatron passes on to get_query_key_value_tensors. So it carries the microbatch there.
+
+        Raises:
+            TypeError: `packed_seq_params` is not a Microbatch.
+        """
         microbatch = kwargs.get("packed_seq_params")
         if not isinstance(microbatch, Microbatch):
             raise TypeError(
@@ -64,8 +68,8 @@ class DMSSelfAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Microbatch, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [T, B, H, D], key [T, B, G, D] and value with the raw value of the decision (and of the
-        importance, where pairs are merged), [T, B, G, D + 1 (or 2)]."""
+        """Return the query [T, B, H, D], the key [T, B, G, D], and the value with the raw value of the
+        decision and the further raw values of the compression method, [T, B, G, D + 1 + further]."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, *args, **kwargs)
         further = self.dms.compression_method.read_further_values(self.borrowed.read_query(query))
         if self.dms.predictor == "linear":
@@ -79,7 +83,7 @@ class DMSSelfAttention(SelfAttention):
 
 
 class DMSCoreAttention(MegatronModule):
-    """Eviction decisions and attention under their mask; the region of selective recomputation."""
+    """Decide which pairs are evicted, and attend to the others: the region of selective recomputation."""
 
     def __init__(
         self,
@@ -114,13 +118,18 @@ class DMSCoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Microbatch | None = None,
+        *,
+        packed_seq_params: Microbatch,
     ) -> Tensor:
-        """query [T, B, H, D] and key [T, B, G, D] after RoPE, value [T, B, G, D + 1 or 2] -> [T, B, H * D].
+        """Return the attention output, [T, B, H * D].
 
-        `attention_mask` is not used: the mask is causal, padding is on the right, and the rest is DMS.
+        Args:
+            query, key: [T, B, H, D] and [T, B, G, D], after RoPE.
+            value: [T, B, G, D + 1 + further], as get_query_key_value_tensors returns it.
+            attention_mask: not used. The mask is causal, padding is on the right, and DMS makes the rest.
+            packed_seq_params: the microbatch.
         """
-        # RoPE has mixed channel D/2 - 1 into the borrowed one, so it is faded a second time.
+        # RoPE has mixed channel D/2 - 1 into the borrowed channel, so that one is faded a second time.
         query, key = self.borrowed.fade(query, key, packed_seq_params.fade)
         query, key, value = self.exchange.to_whole_sequence(query, key, value)
         value, raw, further = self._unpack(value)
@@ -144,8 +153,12 @@ class DMSCoreAttention(MegatronModule):
         return value[..., :-carried], raw, further
 
     def _decide(self, raw: Tensor, microbatch: Microbatch) -> Eviction:
-        """Decide and report to the account; not shifted by the lag. raw: [B, G, T]."""
-        if microbatch.phase is Phase.ZEROING:
+        """Return the decisions, not yet shifted by the lag, and report them to the compression account.
+
+        raw: [B, G, T].
+        """
+        account = microbatch.account
+        if account is None:  # the zeroing phase
             nothing = torch.zeros_like(raw, dtype=torch.float32)
             return Eviction(nothing, nothing, nothing)
         logits = self.dms.alpha_scale * raw.float() - self.dms.alpha_offset
@@ -155,14 +168,14 @@ class DMSCoreAttention(MegatronModule):
         else:
             eviction = soft_eviction(logits, self._noise(heads, microbatch), self.dms.temperature)
         counted = microbatch.valid if self.exchange.counts else torch.zeros_like(microbatch.valid)
-        microbatch.account.report(self.layer, heads, eviction.alpha, eviction.hard, counted)
+        account.report(self.layer, heads, eviction.alpha, eviction.hard, counted)
         if microbatch.phase is Phase.HARD:
             return eviction
-        attached = attach_compression_loss(eviction.log_keep, eviction.alpha, counted, microbatch.account)
+        attached = attach_compression_loss(eviction.log_keep, eviction.alpha, counted, account)
         return eviction._replace(log_keep=attached)
 
     def _noise(self, heads: Tensor, microbatch: Microbatch) -> Tensor:
-        """[B, G or 1, T]: one decision for the whole layer means one noise, head 0's."""
+        """Return the noise, [B, G, T], or [B, 1, T] with head 0's noise if a layer makes one decision."""
         if self.dms.granularity == "layer":
             heads = torch.zeros(1, dtype=heads.dtype, device=heads.device)
         tokens = torch.arange(microbatch.valid.shape[1], device=heads.device)

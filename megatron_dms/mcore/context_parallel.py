@@ -1,14 +1,16 @@
-"""Context parallelism: outside attention a rank has some tokens of all heads, inside it all tokens of some
-heads.
+"""Context parallelism by exchanging heads for tokens (DeepSpeed-Ulysses, arXiv 2309.14509).
 
-Megatron cuts a sequence into 2C chunks for C ranks; rank r holds chunks r and 2C - 1 - r, so that the causal
-triangle is cut into equal shares for those who attend in place. Here an all-to-all turns that into whole
-sequences in their natural order, each rank with its share of the heads of this tensor-parallel rank, and a
-second one turns the output back. In between, decisions, their lag and noise, merging and every attention
-back-end are those of one process, and each key, value and decision reaches every query exactly once.
+Outside attention, a rank has some tokens of all heads. Inside attention, it has all tokens of some heads.
 
-Where there are fewer KV heads than ranks, neighbours share one: it is sent to all of them, its gradients are
-added up, and the first of them counts its decisions.
+Megatron cuts a sequence into 2C chunks for C ranks. Rank r holds the chunks r and 2C - 1 - r, which cuts the
+causal triangle into equal shares for implementations that attend in place. Here an all-to-all turns these
+chunks into whole sequences in their natural order, and each rank gets its share of the heads of its
+tensor-parallel rank. A second all-to-all turns the output back. Between the two, decisions, lag, noise,
+merging and every attention back-end work as on one process, and each key, value and decision reaches every
+query exactly once.
+
+If there are fewer KV heads than ranks, neighbouring ranks share a KV head: all of them receive it, its
+gradients are added up, and the first of these ranks counts its decisions.
 """
 
 import torch
@@ -22,9 +24,10 @@ _TOKENWISE = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def own_tokens(batch: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """A batch whose inputs, labels and masks are this rank's part; what concerns whole samples stays.
+    """Return the batch with this rank's part of the inputs, labels and masks. Fields of whole samples stay.
 
-    The order of the parts is Megatron's (0.19.2), which its rotary embedding follows, and HeadExchange.
+    The order of the parts is the order of Megatron 0.19.2. Megatron's rotary embedding and HeadExchange
+    follow it.
     """
     if group.size() == 1:
         return batch
@@ -33,15 +36,15 @@ def own_tokens(batch: dict[str, Tensor], group: dist.ProcessGroup) -> dict[str, 
 
 
 class HeadExchange:
-    """Between a rank's tokens of all heads and all tokens of a rank's heads.
+    """The exchange between a rank's tokens of all heads and all tokens of a rank's heads.
 
-    C ranks, H query heads and G KV heads on each before the exchange; C must divide H, and divide G or be
-    divided by it (training/layout.py).
+    There are C ranks, with H query heads and G KV heads on each before the exchange. C must divide H, and C
+    must divide G or be a multiple of G (training/layout.py).
 
     Attributes:
-        groups: KV heads of a rank inside attention, G / C, or 1 where several ranks share it.
-        first_group: the number of its first one among the G.
-        counts: whether this rank is the one that counts the decisions of its KV heads.
+        groups: the KV heads of a rank inside attention: G / C, or 1 if several ranks share one.
+        first_group: the number of this rank's first KV head among the G.
+        counts: whether this rank counts the decisions of its KV heads.
     """
 
     def __init__(self, group: dist.ProcessGroup, groups: int) -> None:
@@ -53,8 +56,10 @@ class HeadExchange:
         self.counts = rank % self._copies == 0
 
     def to_whole_sequence(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """query [T/C, B, H, D], key [T/C, B, G, D], value [T/C, B, G, X] -> [T, B, H/C, D], [T, B, groups, D]
-        and [T, B, groups, X]."""
+        """Return all tokens of this rank's heads: [T, B, H/C, D], [T, B, groups, D] and [T, B, groups, X].
+
+        query: [T/C, B, H, D]. key: [T/C, B, G, D]. value: [T/C, B, G, X].
+        """
         if self.group.size() == 1:
             return query, key, value
         pairs = torch.cat([key, value], dim=-1)
@@ -63,7 +68,7 @@ class HeadExchange:
         return self._to_heads(query), *whole.split([key.shape[-1], value.shape[-1]], dim=-1)
 
     def to_own_tokens(self, x: Tensor) -> Tensor:
-        """[T, B, H/C, D] -> [T/C, B, H, D], the inverse of what happened to the queries."""
+        """Return [T/C, B, H, D] from [T, B, H/C, D]: the inverse of the exchange of the queries."""
         ranks = self.group.size()
         if ranks == 1:
             return x
@@ -73,23 +78,27 @@ class HeadExchange:
         return parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def _to_heads(self, x: Tensor) -> Tensor:
-        """[T/C, B, h, D] -> [T, B, h/C, D]: rank p gets the p-th share of the heads."""
+        """Return [T, B, h/C, D] from [T/C, B, h, D]: rank p gets the p-th share of the heads."""
         ranks = self.group.size()
         shares = x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4)  # [C, T/C, B, h/C, D]
-        parts = _AllToAll.apply(shares, self.group).unflatten(1, (2, -1))  # by rank, its two chunks
+        parts = _AllToAll.apply(shares, self.group).unflatten(1, (2, -1))  # [C, 2, T/2C, B, h/C, D]
         return torch.cat([parts[:, 0], parts[:, 1].flip(0)]).flatten(0, 1)
 
 
+class _Context(FunctionCtx):
+    group: dist.ProcessGroup
+
+
 class _AllToAll(Function):
-    """Entry p of the first dimension goes to rank p: its own inverse, and its own backward pass."""
+    """Send entry p of the first dimension to rank p. This is its own inverse, and its own backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         received = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dist.all_to_all_single(received, x.contiguous(), group=group)
         return received
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
         return _AllToAll.apply(grad, ctx.group), None

@@ -1,8 +1,8 @@
 """Layer specs: a plain GPT (the teacher) and the same GPT with DMS attention (the student).
 
-Both start from Megatron's own spec, local or Transformer Engine. The student's attention and core attention
-are replaced, nothing else. Without Transformer Engine the norms are replaced in both (norms.py), and the
-plain GPT's core attention (plain_attention.py).
+Both start from Megatron's own spec, local or Transformer Engine. In the student, the self-attention and the
+core attention are replaced, and nothing else. Without Transformer Engine, the norms of both are replaced
+(norms.py), and the core attention of the plain GPT (plain_attention.py).
 """
 
 from copy import deepcopy
@@ -26,11 +26,12 @@ from megatron_dms.mcore.plain_attention import PlainCoreAttention
 def dense_block_spec(
     config: Any, vp_stage: int | None = None, *, score_matrix: bool = False
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, without DMS.
+    """Return the layers of this pipeline stage, without DMS.
 
     Args:
         config: a TransformerConfig or GPTModelConfig.
-        score_matrix: without Transformer Engine, attention with T x T scores (plain_attention.py).
+        score_matrix: whether attention computes T x T scores (plain_attention.py). Transformer Engine's
+            attention ignores it.
     """
     layer = _dense_layer_spec(config)
     if config.transformer_impl != "transformer_engine":
@@ -40,7 +41,8 @@ def dense_block_spec(
 
 
 def dms_block_spec(config: Any, vp_stage: int | None = None, *, dms: DMSConfig) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, with DMS attention; the signature Megatron's model builder calls."""
+    """Return the layers of this pipeline stage, with DMS attention, as Megatron's model builder asks for
+    them."""
     layer = deepcopy(_dense_layer_spec(config))
     attention = layer.submodules.self_attention
     attention.module = DMSSelfAttention
@@ -70,6 +72,6 @@ def _block(layer: ModuleSpec, config: Any, vp_stage: int | None) -> TransformerB
 
 
 def _te_norm() -> Any:
-    from megatron.core.extensions.transformer_engine import TENorm  # only where it is installed
+    from megatron.core.extensions.transformer_engine import TENorm  # only if installed
 
     return TENorm

@@ -1,4 +1,4 @@
-"""Norms for machines without Transformer Engine, under the parameter names that Transformer Engine uses."""
+"""Norms for machines without Transformer Engine, with Transformer Engine's parameter names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,22 +11,18 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm that may be used under sequence parallelism (Megatron's torch norm refuses it).
-
-    There each rank sees its part of the tokens only; the attribute `sequence_parallel` makes Megatron add up
-    the weight's gradients over the tensor-parallel group.
-    """
+    """RMSNorm that works under sequence parallelism, which Megatron's torch norm refuses."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        _mark_sequence_parallel(self.weight, config)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm and column-parallel linear in one module, as Transformer Engine has it.
+    """RMSNorm and column-parallel linear layer in one module, as in Transformer Engine.
 
-    With it in the place of a separate input norm, attention receives the residual stream before the norm, as
-    the linear predictor needs it, and the checkpoints of both layer specs have the same names.
+    It takes the place of a separate input norm. So attention receives the residual stream before the norm,
+    which the linear predictor needs, and the checkpoints of both layer specs have the same names.
     """
 
     def __init__(
@@ -40,11 +36,20 @@ class NormColumnParallelLinear(ColumnParallelLinear):
     ) -> None:
         super().__init__(input_size, output_size, config=config, init_method=init_method, **kwargs)
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+        _mark_sequence_parallel(self.layer_norm_weight, config)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """input_: [T (or its sequence-parallel part), B, hidden], before the norm."""
+        """Return the layer's output and its bias. input_: [T (or its sequence-parallel part), B, hidden],
+        before the norm."""
         eps = self.config.layernorm_epsilon
         return super().forward(
             F.rms_norm(input_, (self.input_size,), self.layer_norm_weight, eps), *args, **kwargs
         )
+
+
+def _mark_sequence_parallel(weight: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Let Megatron add up the weight's gradients over the tensor-parallel group under sequence parallelism.
+
+    Each rank then sees only its part of the tokens.
+    """
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's

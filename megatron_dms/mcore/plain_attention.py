@@ -1,7 +1,7 @@
-"""Attention of a plain GPT without Transformer Engine: torch's own, instead of T x T matrices of scores.
+"""The attention of a plain GPT without Transformer Engine: torch's attention, without T x T score matrices.
 
-Megatron's local core attention makes these, which ends at a few thousand tokens, and knows no context
-parallelism; the teacher has to read as many tokens as the student, in every layout.
+Megatron's local core attention computes such matrices, which limits it to a few thousand tokens, and does not
+support context parallelism. The teacher has to read as many tokens as the student, in every layout.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from megatron_dms.ops.attention import dms_attention
 
 
 class PlainCoreAttention(MegatronModule):
-    """Causal attention; the other arguments of Megatron's constructor and forward are not needed for it.
+    """Causal attention. It ignores the other arguments of Megatron's constructor and forward.
 
-    score_matrix: by the dense reference, which rounds as the student's dense back-end does.
+    score_matrix: whether to use the dense reference, which rounds as the student's dense back-end does.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class PlainCoreAttention(MegatronModule):
         self.exchange = HeadExchange(pg_collection.cp, config.num_query_groups // pg_collection.tp.size())
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """query [T, B, H, D], key and value [T, B, G, D] -> [T, B, H * D]."""
+        """Return [T, B, H * D] for query [T, B, H, D], key and value [T, B, G, D]."""
         query, key, value = self.exchange.to_whole_sequence(query, key, value)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.score_matrix:
-            nothing = k.new_zeros(k.shape[:3])  # evicted
+            nothing = k.new_zeros(k.shape[:3])  # is evicted
             out = dms_attention(q, k, v, nothing, window=0, scale=self.scale)
         else:
             grouped = q.shape[1] != k.shape[1]

@@ -18,7 +18,7 @@ from megatron_dms.mcore.norms import RMSNorm
 
 
 class LinearPredictor(MegatronModule):
-    """raw = W . norm(x) on the residual stream before the layer's input norm; W starts at 0."""
+    """raw = W . norm(x) on the residual stream x before the layer's input norm. W starts as zeros."""
 
     def __init__(self, config: TransformerConfig, tp_group: ProcessGroup) -> None:
         super().__init__(config)
@@ -33,36 +33,36 @@ class LinearPredictor(MegatronModule):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states: [T (or its sequence-parallel part), B, hidden] -> [T, B, G]."""
+        """Return [T, B, G] for hidden_states [T (or its sequence-parallel part), B, hidden]."""
         raw, _ = self.proj(self.norm(hidden_states))
         return raw
 
 
 class BorrowedChannel:
-    """The last channel of the first query head of each group (or of each key head), lent to decisions.
+    """The borrowed channel: the last one of the first query head of each group, or of each key head.
 
-    With one decision per layer all of them are lent as well, though only the first is read: so does NVIDIA's
-    released code, and no rank differs from another. Where pairs are merged, the key's is lent to decisions
-    and the query's to importances.
+    With one decision per layer, the channels of all groups are borrowed as well, although only the first is
+    read. NVIDIA's released code does the same, and no rank differs from another. If pairs are merged,
+    decisions borrow the channel of the key and importances borrow the channel of the query.
     """
 
     def __init__(self, dms: DMSConfig, query_heads: int, groups: int) -> None:
-        """query_heads, groups: H and G of this rank. The linear predictor borrows nothing."""
+        """query_heads, groups: H and G of this rank. The linear predictor borrows no channel."""
         self.predictor = dms.predictor
         self.of_query = dms.predictor == "query_channel" or dms.compression_method.borrows_query
         self.of_key = dms.predictor == "key_channel"
         self.stride = query_heads // groups
 
     def read(self, query: Tensor, key: Tensor) -> Tensor:
-        """The decisions' raw values, of query [T, B, H, D] or key [T, B, G, D]: -> [T, B, G]."""
+        """Return the raw values of decisions, [T, B, G], from query [T, B, H, D] or key [T, B, G, D]."""
         return key[..., -1] if self.predictor == "key_channel" else self.read_query(query)
 
     def read_query(self, query: Tensor) -> Tensor:
-        """The importances' raw values, where pairs are merged: query [T, B, H, D] -> [T, B, G]."""
+        """Return the query's channel, [T, B, G], whether or not it is borrowed. query: [T, B, H, D]."""
         return query[:, :, :: self.stride, -1]
 
     def fade(self, query: Tensor, key: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """Query [T, B, H, D] and key [T, B, G, D] with the borrowed entries multiplied by `factor`."""
+        """Return query [T, B, H, D] and key [T, B, G, D], their borrowed channels multiplied by `factor`."""
         if self.of_query:
             query = _scale(query, factor, self.stride)
         if self.of_key:
@@ -71,7 +71,7 @@ class BorrowedChannel:
 
 
 def _scale(x: Tensor, factor: float, stride: int) -> Tensor:
-    """x [T, B, heads, D], the last channel of every stride-th head multiplied by `factor`."""
+    """Return x [T, B, heads, D] with the last channel of every stride-th head multiplied by `factor`."""
     mask = torch.ones(x.shape[-2:], dtype=x.dtype, device=x.device)
     mask[::stride, -1] = factor
     return x * mask
@@ -80,7 +80,7 @@ def _scale(x: Tensor, factor: float, stride: int) -> Tensor:
 def share_head_zero(raw: Tensor, tp_group: ProcessGroup) -> Tensor:
     """Give every KV head the value of the layer's head 0 (granularity 'layer'). raw: [T, B, G].
 
-    The backward pass adds up the gradients of all ranks on the one that holds head 0.
+    The backward pass adds up the gradients of all ranks on the rank that holds head 0.
     """
     own = raw[..., :1].contiguous()
     first = all_gather_last_dim_from_tensor_parallel_region(own, group=tp_group)[..., :1]

@@ -1,4 +1,4 @@
-"""Building student and teacher: what happens to the model between its layer specs and Megatron's DDP."""
+"""Build the student and the teacher: everything between the layer specs and Megatron's DDP."""
 
 import copy
 from argparse import Namespace
@@ -15,37 +15,39 @@ from megatron_dms.conversion.rope import attention_factor
 from megatron_dms.conversion.training_args import ARCHITECTURE
 from megatron_dms.kernels import backend_name
 from megatron_dms.mcore.layer_specs import dense_block_spec, dms_block_spec
+from megatron_dms.training.startup import Run
 from megatron_dms.training.teacher import distill, share_parameters
 from megatron_dms.training.trainable import freeze_all_but_predictor
-from megatron_dms.training.weights import Weights
 
 
-def student_config(args: Namespace, dms: DMSConfig, start: Weights | None, teacher: Weights | None) -> Any:
-    """Megatron's model configuration of the student, with its teacher attached before it is wrapped.
-
-    start: what a new retrofit takes its weights from; None when one is resumed. teacher: its weights; None
-    where it is the student itself.
-    """
-    config = gpt_config_from_args(args)
-    config.transformer_layer_spec = partial(dms_block_spec, dms=dms)
-    # Teacher and student travel the pipeline side by side: wider tensors than Megatron expects.
-    config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
-    config.pre_wrap_hooks.append(partial(_prepare, args=args, dms=dms, start=start, weights=teacher))
+def student_config(run: Run) -> Any:
+    """Return Megatron's model configuration of the student. A hook in it attaches the teacher before Megatron
+    wraps the model."""
+    config = gpt_config_from_args(run.args)
+    config.transformer_layer_spec = partial(dms_block_spec, dms=run.dms)
+    # The activations of teacher and student travel the pipeline side by side: Megatron expects narrower
+    # tensors.
+    config.transformer.variable_seq_lengths = run.args.pipeline_model_parallel_size > 1
+    config.pre_wrap_hooks.append(partial(_load_and_attach_teacher, run=run))
     return config
 
 
-def _prepare(
-    models: list[GPTModel], args: Namespace, dms: DMSConfig, start: Weights | None, weights: Weights | None
-) -> list[GPTModel]:
-    """models: this rank's virtual stages, one without them; each gets the same stage of the teacher."""
+def _load_and_attach_teacher(models: list[GPTModel], run: Run) -> list[GPTModel]:
+    """Load the student's weights, build its teacher, and make one model of the two.
+
+    Args:
+        models: this rank's virtual pipeline stages, or its one stage. Each gets the same stage of the
+            teacher.
+    """
+    args, dms, weights = run.args, run.dms, run.teacher
     for student in models:
         set_rope(student, args.rope_parameters)
-    if start is not None:
-        start.load(models)
+    if run.new_start is not None:
+        run.new_start.load(models)
     if dms.train == "predictor":
         for student in models:
             freeze_all_but_predictor(student, dms)
-    teacher_args = args if weights is None else _complete(args, weights.args)
+    teacher_args = args if weights is None else _with_architecture_of(weights.args, args)
     teachers = [_build_dense(teacher_args, dms, student) for student in models]
     if weights is not None:
         weights.load(teachers)
@@ -56,8 +58,8 @@ def _prepare(
     return [distill(student, teacher, dms, args.vocab_size) for student, teacher in pairs]
 
 
-def _complete(args: Namespace, teacher: Namespace) -> Namespace:
-    """The run's arguments with the teacher's architecture."""
+def _with_architecture_of(teacher: Namespace, args: Namespace) -> Namespace:
+    """Return the run's arguments `args` with the teacher's architecture."""
     complete = copy.copy(args)
     for name in (*ARCHITECTURE, "max_position_embeddings"):
         if hasattr(teacher, name):
@@ -70,14 +72,15 @@ def _complete(args: Namespace, teacher: Namespace) -> Namespace:
 
 def _build_dense(args: Namespace, dms: DMSConfig, student: GPTModel) -> GPTModel:
     config = gpt_config_from_args(args)
-    # With the dense back-end both make all scores in the same way: where nothing is evicted, the loss is 0
-    # and not a rounding, which Adam would turn into steps of full length.
+    # With the dense back-end, teacher and student compute their scores in the same way. So the loss is
+    # exactly 0 as long as nothing is evicted. Adam would turn a rounding error into steps of full length.
     device = next(student.parameters()).device
     score_matrix = backend_name(dms.attention_backend, device) == "dense"
     config.transformer_layer_spec = partial(dense_block_spec, score_matrix=score_matrix)
     config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     if args.num_query_groups // args.tensor_model_parallel_size % args.context_parallel_size:
-        config.transformer.cp_comm_type = "p2p"  # Transformer Engine's a2a shares no KV head among ranks
+        # Transformer Engine's a2a cannot share a KV head between ranks.
+        config.transformer.cp_comm_type = "p2p"
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     teacher = builder.build_model(groups, student.pre_process, student.post_process, student.vp_stage)

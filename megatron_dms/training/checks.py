@@ -1,6 +1,7 @@
-"""What a run must hold before it starts: flags, checkpoint, layout and teacher against each other.
+"""What a run must fulfil before it starts: flags, checkpoint and teacher are checked against each other.
 
-Every check raises StartupError with one line that says what was found, what was expected, and the fix.
+Every check raises StartupError with one line that says what was found, what was expected, and the fix. No
+check changes anything.
 """
 
 import os
@@ -19,8 +20,8 @@ _OURS = "every checkpoint is verified before it counts and before it is loaded; 
 _UNEVEN = "stages must hold equally many layers"
 _EIGHT_BITS = "nobody has measured what so coarse a rounding does to eviction decisions; use --bf16"
 
-# Settings of Megatron's that DMS attention does not read, or that would change the model behind the
-# checkpoint's back: accepting them would be silently wrong. Name -> (what it must be, why).
+# Megatron's settings that DMS attention does not read, or that would change the checkpoint's model. Accepting
+# another value would be silently wrong. Name -> (the value it must have, the reason).
 _UNSUPPORTED = {
     "cp_comm_type": (["a2a"], "ranks exchange heads for tokens by an all-to-all, in every layer"),
     "hierarchical_context_parallel_sizes": (None, "ranks exchange heads for tokens by one all-to-all"),
@@ -58,7 +59,7 @@ _UNSUPPORTED = {
     "pipeline_model_parallel_layout": (None, _UNEVEN),
     "save_retain_interval": (
         None,
-        "old checkpoints are removed by --dms-keep-checkpoints, once the new is verified",
+        "old checkpoints are removed by --dms-keep-checkpoints, once the new one is verified",
     ),
     "non_persistent_save_interval": (None, "such checkpoints are not verified"),
     "non_persistent_ckpt_type": (None, "such checkpoints are not verified"),
@@ -72,11 +73,11 @@ _UNSUPPORTED = {
     "fp4": (None, _EIGHT_BITS),
 }
 
-_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # those that are not called like their setting
+_FLAGS = {"fp8": "--fp8-format", "fp4": "--fp4-format"}  # flags that are not named like their setting
 
 
 def check_supported(args: Namespace) -> None:
-    """No flag is set that DMS would silently ignore."""
+    """Check that no flag is set which DMS would silently ignore."""
     for name, (expected, reason) in _UNSUPPORTED.items():
         found = getattr(args, name, expected)
         if found != expected:
@@ -85,7 +86,7 @@ def check_supported(args: Namespace) -> None:
 
 
 def check_positive(args: Namespace) -> None:
-    """Sizes by which the later checks divide."""
+    """Check the sizes by which later checks divide."""
     for name in (
         *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
@@ -96,17 +97,17 @@ def check_positive(args: Namespace) -> None:
             raise StartupError(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
 
 
-def check_checkpoint(args: Namespace, dms: DMSConfig, start: "Weights", continues: bool) -> None:
-    """Compare flags with the checkpoint's model and DMS settings."""
-    from megatron_dms.conversion import check_model_args, set_model_args
-
-    check_model_args(args, start.args)
-    set_model_args(args, start.args)
+def check_sequence_length(args: Namespace) -> None:
+    """Check that the model has a position for each token of a sequence."""
     if args.seq_length is None or args.seq_length > args.max_position_embeddings:
         raise StartupError(
             f"--seq-length is {args.seq_length}, but the model has {args.max_position_embeddings} positions "
             "(max_position_embeddings); use a shorter --seq-length"
         )
+
+
+def check_stored_settings(dms: DMSConfig, start: "Weights", continues: bool) -> None:
+    """Check that the DMS settings agree with the settings of the checkpoint."""
     stored = getattr(start.args, "dms", None)
     if stored:
         try:
@@ -120,7 +121,7 @@ def check_checkpoint(args: Namespace, dms: DMSConfig, start: "Weights", continue
 
 
 def check_start(dms: DMSConfig, start: "Weights") -> None:
-    """A new retrofit does not start with a half-faded channel."""
+    """Check that a new retrofit does not start with a half-faded borrowed channel."""
     if not dms.borrows_channel or dms.zeroing_steps:
         return
     zeroing = (getattr(start.args, "dms", None) or {}).get("zeroing_steps", 0)
@@ -132,7 +133,7 @@ def check_start(dms: DMSConfig, start: "Weights") -> None:
 
 
 def warn_if_not_zeroed(dms: DMSConfig, start: "Weights") -> None:
-    """Say that a base model's channel is about to be cut out of attention."""
+    """Warn if a channel that a base model still uses is about to be cut out of attention."""
     if dms.borrows_channel and not dms.zeroing_steps and not getattr(start.args, "dms", None):
         print(
             f"warning: {start.folder} was never retrofitted and --dms-zeroing-steps is 0: the "
@@ -143,7 +144,7 @@ def warn_if_not_zeroed(dms: DMSConfig, start: "Weights") -> None:
 
 
 def check_attention_backend(args: Namespace, dms: DMSConfig) -> None:
-    """The named back-end can train on this machine (Triton's interpreter counts: tests run in it)."""
+    """Check that the named back-end can train on this machine (Triton's interpreter counts: tests use it)."""
     from megatron_dms.upstream import cpu
 
     name = dms.attention_backend
@@ -160,7 +161,8 @@ def check_attention_backend(args: Namespace, dms: DMSConfig) -> None:
 
 
 def check_training(args: Namespace, dms: DMSConfig) -> None:
-    """Optimizer settings under which weights would move that must not, or stay that must."""
+    """Check the settings under which frozen weights would change, zeroed weights would not stay zero, or
+    nothing would be saved."""
     if dms.zeroing_steps and args.use_precision_aware_optimizer:
         raise StartupError(
             "--use-precision-aware-optimizer with --dms-zeroing-steps: the optimizer's master weights cannot "
@@ -175,15 +177,17 @@ def check_training(args: Namespace, dms: DMSConfig) -> None:
                 f"--weight-decay is {decay}, expected 0 with --dms-train predictor and a "
                 "borrowed channel: decay would change the frozen rows of the QKV weight; add --weight-decay 0"
             )
-        # Fused accumulation writes a weight's gradient past the hook that keeps frozen rows frozen.
-        args.gradient_accumulation_fusion = False
 
 
-def check_teacher(args: Namespace, dms: DMSConfig) -> "Weights | None":
-    """The teacher is there, dense, of the same vocabulary, and fits the sequence length.
+def open_teacher(args: Namespace, dms: DMSConfig) -> "Weights | None":
+    """Open the teacher's weights, and check that they are dense, of the same vocabulary, and fit the sequence
+    length.
 
     Returns:
-        Its weights; None where it is the student itself.
+        The teacher's weights; None if the teacher is the student itself.
+
+    Raises:
+        StartupError, CheckpointError: no teacher is named, or it cannot be used.
     """
     from megatron_dms.training.weights import open_weights
 

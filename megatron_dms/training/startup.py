@@ -1,16 +1,20 @@
-"""From the command line to Megatron's checked arguments; all errors a user can make are found here
-(checks.py).
+"""Start-up in three steps: parse the command line, check it, open the outputs.
 
-Order: DMS flags (before Megatron is even imported), Megatron's flags, the checkpoint to start from and its
-architecture, the data, the teacher. Each error is one line, before any process group exists.
+`parse` reads the DMS flags (before Megatron is imported), then Megatron's flags, with defaults from the
+checkpoint that the run begins with. `check` finds all errors that a user can make (checks.py, layout.py) and
+completes Megatron's arguments. `open_outputs` opens the logs and prepares the folder of --save. Each error is
+a StartupError of one line, and all are raised before any process group exists.
 """
 
 import argparse
+import contextlib
+import copy
 import difflib
+import sys
 import traceback
 from argparse import Namespace
-from dataclasses import fields
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,7 +27,45 @@ if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
 
 
-def check_dms_flags(argv: list[str]) -> DMSConfig:
+@dataclass(frozen=True)
+class Run:
+    """What a command line asks for, and the weights that it names."""
+
+    dms: DMSConfig
+    args: Namespace
+    """Megatron's arguments."""
+    start: "Weights"
+    """The weights that the run begins with."""
+    continues: bool
+    """Whether training goes on where `start` was saved. False: a new retrofit starts from these weights."""
+    teacher: "Weights | None" = None
+    """The teacher's weights. None before `check`, and where the teacher is the student itself."""
+
+    @property
+    def new_start(self) -> "Weights | None":
+        """The weights that a new retrofit starts from; None if Megatron resumes a retrofit from --load.
+
+        This project loads them itself: Megatron's loading insists on every tensor of the model, and a base
+        model has no linear predictor.
+        """
+        return None if self.continues else self.start
+
+
+def parse() -> Run:
+    """Parse sys.argv, as Megatron does, and open the checkpoint that the run begins with.
+
+    Raises:
+        StartupError: an unknown flag, a value of the wrong type, an invalid DMS setting, or no checkpoint
+            that
+            could be opened.
+    """
+    dms = parse_dms_flags(sys.argv[1:])
+    _prepare_machine()
+    args, start, continues = _parse_megatron_flags()
+    return Run(dms, args, start, continues)
+
+
+def parse_dms_flags(argv: list[str]) -> DMSConfig:
     """Parse and validate the --dms-* flags alone, in milliseconds.
 
     Raises:
@@ -50,98 +92,154 @@ class _OneLineParser(argparse.ArgumentParser):
         raise StartupError(message)
 
 
-def parse_megatron_args(dms: DMSConfig) -> tuple[Namespace, "Weights | None", "Weights | None"]:
-    """All flags, completed by the architecture of the checkpoint to start from, checked and made global.
+def _prepare_machine() -> None:
+    """Let Megatron run here: on the CPU if there is no CUDA device, and without compiling its helpers."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_dms.upstream import cpu
+
+        cpu.install()  # before the first import of megatron
+    from megatron_dms.upstream.wheel import skip_helper_compilation
+
+    skip_helper_compilation()
+
+
+def _parse_megatron_flags() -> tuple[Namespace, "Weights", bool]:
+    """Parse all flags with Megatron's parser.
+
+    The defaults come from this machine, from this project, and from the model of the checkpoint that the run
+    begins with. So the checkpoint is opened while the parser is made.
 
     Returns:
-        The arguments, the weights that a new retrofit starts from, and the teacher's. Those to start from are
-        ours to load: Megatron's loading insists on every tensor of the model, and a base model has no linear
-        predictor; None if Megatron resumes a retrofit from --load. No teacher: it is the student itself.
+        Megatron's arguments, and what `starting_point` returns.
+    """
+    from megatron.training.arguments import parse_args
+
+    from megatron_dms.conversion import CheckpointError, set_parser_defaults
+    from megatron_dms.upstream.megatron_arguments import set_machine_defaults
+
+    found: list[tuple[Weights, bool]] = []
+
+    def complete(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser.error = _raise_startup_error  # type: ignore[method-assign] - Megatron makes the parser
+        add_dms_arguments(parser)
+        parser.add_argument(
+            "--load-hf",
+            metavar="DIR",
+            help="start a retrofit from the weights of this HF folder, without converting them first",
+        )
+        parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled")
+        parser.set_defaults(eval_interval=100, cp_comm_type=["a2a"], async_strategy="mcore")
+        set_machine_defaults(parser)
+        start, continues = starting_point(parser.parse_known_args()[0])
+        found.append((start, continues))
+        set_parser_defaults(parser, start.args, start.tokenizer_folder)
+        return parser
+
+    try:
+        args = parse_args(complete)
+    except CheckpointError as error:
+        raise StartupError(str(error)) from error
+    ((start, continues),) = found
+    return args, start, continues
+
+
+def _raise_startup_error(message: str) -> NoReturn:
+    raise StartupError(message)
+
+
+def check(run: Run) -> Run:
+    """Check everything in which a user can be wrong.
+
+    Returns:
+        The run with its teacher opened and with Megatron's arguments complete.
 
     Raises:
         StartupError: see the module's docstring.
     """
-    from megatron.training.arguments import parse_args
-    from megatron.training.global_vars import set_global_variables
-
-    from megatron_dms.conversion import CheckpointError
+    from megatron_dms.conversion import CheckpointError, check_model_args, set_model_args
     from megatron_dms.data.data_flags import validate_data_args
     from megatron_dms.errors import DataError
     from megatron_dms.training.layout import check_heads_and_layers, check_layout
-    from megatron_dms.training.run_log import mirror_metrics, open_run_log
-    from megatron_dms.upstream.megatron_arguments import validate
 
+    dms, args, start = run.dms, copy.copy(run.args), run.start
     try:
-        begin: list[tuple[Weights, bool]] = []
-        args = parse_args(partial(_prepare_parser, begin=begin))
-        ((start, continues),) = begin
         checks.check_supported(args)
         checks.check_attention_backend(args, dms)
         checks.check_positive(args)
-        checks.check_checkpoint(args, dms, start, continues)
-        if not continues:
+        check_model_args(args, start.args)
+        set_model_args(args, start.args)
+        checks.check_sequence_length(args)
+        checks.check_stored_settings(dms, start, run.continues)
+        if not run.continues:
             checks.check_start(dms, start)
         validate_data_args(args)
         check_layout(args)
         checks.check_training(args, dms)
-        teacher = checks.check_teacher(args, dms)
+        teacher = checks.open_teacher(args, dms)
         if teacher is not None:
             check_heads_and_layers(args, teacher.args, "the teacher")
     except (CheckpointError, DataError) as error:
         raise StartupError(str(error)) from error
-    args.dms = dms.to_dict()  # saved with the arguments in every checkpoint
-    if not continues:
+    _complete(args, run)
+    return replace(run, args=args, teacher=teacher)
+
+
+def _complete(args: Namespace, run: Run) -> None:
+    """Set the arguments that follow from the run, in place, and let Megatron check and complete the rest."""
+    from megatron_dms.upstream.megatron_arguments import validate
+
+    args.dms = run.dms.to_dict()  # saved with the arguments in every checkpoint
+    if run.dms.train == "predictor" and run.dms.borrows_channel:
+        # Fused accumulation writes a weight's gradient past the hook that keeps frozen rows frozen.
+        args.gradient_accumulation_fusion = False
+    if not run.continues:
         args.pretrained_checkpoint = None
-        args.load = None if args.load and Path(args.load) == start.folder else args.load
-    try:
+        args.load = None if args.load and Path(args.load) == run.start.folder else args.load
+    with _refusals_in_one_line():
         validate(args)
-        mirror = open_run_log(args, start.iteration if continues else 0)
+
+
+def open_outputs(run: Run) -> None:
+    """Make the arguments Megatron's global ones, which opens its loggers; open the run log; put the HF side
+    files into the folder of --save.
+
+    Raises:
+        StartupError: a file cannot be written, or --save holds another model's checkpoints.
+    """
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_dms.training.run_log import mirror_metrics, open_run_log
+
+    args = run.args
+    with _refusals_in_one_line():
+        mirror = open_run_log(args, run.start.iteration if run.continues else 0)
         set_global_variables(args)
         mirror_metrics(mirror)
+    if args.rank == 0:
+        checks.warn_if_not_zeroed(run.dms, run.start)
+        if args.save:
+            _carry_hf_files(run.start, Path(args.save), run.continues)
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line() -> Iterator[None]:
+    """Turn the errors of Megatron's validation and of its loggers into StartupErrors."""
+    try:
+        yield
     except OSError as error:
         raise StartupError(f"the logs cannot be written: {error}", one_rank=True) from error
     except (AssertionError, ValueError, RuntimeError) as error:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
         raise StartupError(f"Megatron refuses these flags: {said}") from error
-    if args.rank == 0:
-        checks.warn_if_not_zeroed(dms, start)
-        if args.save:
-            _carry_hf_files(start, Path(args.save), continues)
-    return args, None if continues else start, teacher
-
-
-def _prepare_parser(
-    parser: argparse.ArgumentParser, begin: list[tuple["Weights", bool]]
-) -> argparse.ArgumentParser:
-    """Add the DMS flags; take defaults from the checkpoint's model, this project and the CPU platform.
-
-    begin: gets the starting point, which these defaults need, so that it is opened once.
-    """
-    from megatron_dms.conversion import set_parser_defaults
-    from megatron_dms.upstream.megatron_arguments import set_machine_defaults
-
-    parser.error = _raise_startup_error
-    add_dms_arguments(parser)
-    parser.add_argument(
-        "--load-hf",
-        metavar="DIR",
-        help="start a retrofit from the weights of this HF folder, without a conversion before",
-    )
-    parser.set_defaults(attention_dropout=0.0, hidden_dropout=0.0, rerun_mode="disabled", eval_interval=100)
-    parser.set_defaults(cp_comm_type=["a2a"], async_strategy="mcore")
-    set_machine_defaults(parser)
-    early, _ = parser.parse_known_args()
-    start, continues = starting_point(early)
-    begin.append((start, continues))
-    set_parser_defaults(parser, start.args, start.tokenizer_folder)
-    return parser
 
 
 def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:
     """Put the HF side files beside the new checkpoints, where an export looks for them.
 
-    A new run replaces those that an earlier one of another model left, unless there are checkpoints too: its
-    files and ours would be mixed up.
+    A new run replaces the side files that an earlier run of another model left. It refuses to do so if that
+    run left checkpoints, too: they would be exported with the wrong files.
     """
     from megatron_dms.conversion import CheckpointError
     from megatron_dms.formats.megatron_folder import HF, TRACKER
@@ -159,47 +257,33 @@ def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:
         raise StartupError(f"--save {save} cannot be written: {error}") from error
 
 
-def _newest_readable(load: Path, iteration: int) -> "Weights":
-    """The checkpoint of `iteration`, or the newest finished one before it that describes itself.
-
-    One that cannot is passed over here; what becomes of it is decided when all ranks verify its bytes
-    (training/checkpoints.py).
-    """
-    from megatron_dms.resilience.run_folder import resume_point
-    from megatron_dms.training.weights import MegatronWeights
-
-    damaged: dict[int, str] = {}
-    while True:
-        try:
-            return MegatronWeights(load, iteration)
-        except Exception as error:  # unpickling damaged bytes may raise anything
-            damaged[iteration] = f"{type(error).__name__}: {error}"
-        iteration, _ = resume_point(load, damaged)  # raises where none is left
-
-
-def _raise_startup_error(message: str) -> NoReturn:
-    raise StartupError(message)
-
-
 def starting_point(args: Namespace) -> tuple["Weights", bool]:
-    """What the run's weights are, and whether training goes on there (False: starts anew).
+    """Find the weights that the run begins with, and whether training goes on from them (False: it starts
+    anew).
 
-    A retrofit that was begun is resumed, whatever it started from: the same command line does both.
+    A retrofit that was begun is resumed, whatever it started from. So the same command line starts a retrofit
+    and resumes it.
+
+    Args:
+        args: the flags --load, --load-hf, --pretrained-checkpoint, --ckpt-step and --finetune.
+
+    Raises:
+        StartupError, CheckpointError: none or two of the flags name a checkpoint, or it cannot be used.
     """
-    from megatron_dms.formats.megatron_folder import RELEASE, TRACKER
+    from megatron_dms.formats.megatron_folder import TRACKER
     from megatron_dms.resilience.run_folder import resume_point
     from megatron_dms.training.weights import HFWeights, MegatronWeights
 
     def finished(folder: str | None) -> bool:
-        return bool(folder) and (Path(folder) / TRACKER).is_file()
+        return (Path(folder) / TRACKER).is_file() if folder else False
 
     newest, _ = resume_point(Path(args.load)) if args.load else (None, {})
-    if newest is not None:
-        continues = not args.finetune and newest != RELEASE
-        if continues or not args.load_hf:
-            if continues and args.ckpt_step is None:
-                return _newest_readable(Path(args.load), newest), continues
-            return MegatronWeights(Path(args.load), args.ckpt_step), continues
+    if isinstance(newest, int) and not args.finetune:
+        if args.ckpt_step is None:
+            return _newest_readable(Path(args.load), newest), True
+        return MegatronWeights(Path(args.load), args.ckpt_step), True
+    if newest is not None and not args.load_hf:
+        return MegatronWeights(Path(args.load), args.ckpt_step), False
     given = {
         "--load-hf": args.load_hf,
         "--pretrained-checkpoint": args.pretrained_checkpoint,
@@ -230,3 +314,24 @@ def starting_point(args: Namespace) -> tuple["Weights", bool]:
         f"no finished checkpoint in {' or '.join(wanted)} (latest_checkpointed_iteration.txt is missing); "
         "import one with tools/convert.py import"
     )
+
+
+def _newest_readable(load: Path, iteration: int) -> "Weights":
+    """Open the checkpoint of `iteration`, or the newest finished one before it that describes itself.
+
+    A checkpoint that does not is passed over here. All ranks decide what becomes of it when they verify its
+    bytes (resilience/verified_saves.py).
+    """
+    from megatron_dms.resilience.run_folder import resume_point
+    from megatron_dms.training.weights import MegatronWeights
+
+    damaged: dict[int, str] = {}
+    while True:
+        try:
+            return MegatronWeights(load, iteration)
+        except Exception as error:  # unpickling damaged bytes may raise anything
+            damaged[iteration] = f"{type(error).__name__}: {error}"
+        older, _ = resume_point(load, damaged)  # raises if none is left
+        if not isinstance(older, int):
+            raise StartupError(f"--load {load} changed while it was read; start the run again")
+        iteration = older

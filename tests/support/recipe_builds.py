@@ -31,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from megatron_dms.errors import StartupError  # noqa: E402
 from megatron_dms.training import weights  # noqa: E402
 from megatron_dms.training.build import student_config  # noqa: E402
-from megatron_dms.training.startup import check_dms_flags, parse_megatron_args  # noqa: E402
+from megatron_dms.training.startup import check, open_outputs, parse  # noqa: E402
 
 _SAID = (
     "lr adam_beta1 adam_beta2 clip_grad weight_decay bf16 seq_length global_batch_size train_iters "
@@ -44,8 +44,9 @@ def start(flags: list[str], world_size: int, rank: int) -> tuple[Namespace, torc
     """Return the checked arguments, and the student with its teacher as DDP would get it."""
     os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK=str(rank % 8))
     sys.argv[1:] = flags
-    dms = check_dms_flags(flags)
-    args, begin, teacher = parse_megatron_args(dms)
+    run = check(parse())
+    open_outputs(run)
+    args = run.args
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
@@ -54,7 +55,7 @@ def start(flags: list[str], world_size: int, rank: int) -> tuple[Namespace, torc
         create_gloo_process_groups=False,  # gloo would look for the other ranks
     )
     weights.HFWeights.load = lambda self, model: None  # there are none
-    config = student_config(args, dms, begin, teacher)
+    config = student_config(run)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     with torch.device("meta"):
         model = config.get_builder_cls()(config).build_model(

@@ -13,8 +13,7 @@ import torch
 
 from megatron_dms.formats.megatron_folder import TRACKER
 from megatron_dms.training.metrics import optimizer_text
-from megatron_dms.training.metrics_file import MetricsFile, MirroringWriter
-from megatron_dms.training.run_log import open_run_log
+from megatron_dms.training.run_log import MetricsFile, MirroringWriter, open_run_log
 
 OURS = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dms.errors import StartupError
-from megatron_dms.training.startup import check_dms_flags
+from megatron_dms.training.startup import parse_dms_flags
 from tests.support.tools import ROOT, run_python
 
 VOCAB, POSITIONS, HEADS, GROUPS, LAYERS = 131, 64, 4, 2, 4  # of tests/parallel/retrofit.py
@@ -43,34 +43,28 @@ def test_dms_flags(flags: str, message: str) -> None:
     """Catches: a check that is missing, an unknown flag dropped in silence or left to Megatron, a message of
     several lines."""
     with pytest.raises(StartupError) as error:
-        check_dms_flags(["--lr", "1e-4", *flags.split(), "--train-iters", "5"])
+        parse_dms_flags(["--lr", "1e-4", *flags.split(), "--train-iters", "5"])
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_other_flags_are_left_to_megatron() -> None:
     """Catches: a first check that refuses Megatron's own flags, or the values behind them."""
     words = "--lr 1e-4 --dms-window 9 --data-path --bf16 --save my--dms-folder"
-    assert check_dms_flags(words.split()).window == 9
+    assert parse_dms_flags(words.split()).window == 9
 
 
-# What pretrain_dms.py does up to parse_megatron_args, for many command lines in one process. The last,
+# The start-up of pretrain_dms.py, for many command lines in one process. The last,
 # "good", has no mistake; what its model would be like is printed beside the messages.
 COLLECT = """
 import contextlib, io, json, sys
-from megatron_dms.upstream import cpu
-import torch
-if not torch.cuda.is_available():
-    cpu.install()
-from megatron_dms.upstream.wheel import skip_helper_compilation
 from megatron_dms.errors import StartupError
-from megatron_dms.training.startup import check_dms_flags, parse_megatron_args
-skip_helper_compilation()
+from megatron_dms.training.startup import check, open_outputs, parse
 found = {}
 for name, words in json.load(open(sys.argv[1])).items():
     sys.argv[1:], said = words, io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parse_megatron_args(check_dms_flags(words))
+            open_outputs(check(parse()))
         found[name] = "nothing was wrong"
     except StartupError as error:
         found[name] = f"{error}{said.getvalue()}"
