@@ -1,1 +1,1 @@
-"""What surrounds the model in training: data, teacher, forward step, metrics."""
+"""The retrofit: start-up, student and teacher, forward step, metrics."""

@@ -1,7 +1,7 @@
-"""Distillation loss from hidden states, with the output layers inside: no logits of a whole sequence.
+"""The distillation loss from hidden states: the output layers run inside the loss, a few tokens at a time.
 
 Megatron's `output_processor` takes the place of the output layer on the last stage. modelopt runs the teacher
-first, then the student, with the same arguments, so that one object sees both.
+first and then the student, with the same arguments, so that one object sees both.
 """
 
 from typing import Any
@@ -15,16 +15,16 @@ from megatron_dms.training.teacher import true_columns
 
 
 class FusedDistillation:
-    """The loss of one microbatch: called for the teacher, then for the student.
+    """The loss of one microbatch, called for the teacher and then for the student.
 
-    For the first it returns the hidden states, for the second the sum of KL over the targets, in fp32.
+    The first call returns the hidden states, the second call the sum of the KL over the targets, in fp32.
     """
 
     def __init__(self, dms: DMSConfig, loss_mask: Tensor, vocab_size: int) -> None:
         """
         Args:
             loss_mask: [B, T], 1 for targets.
-            vocab_size: true vocabulary, without padding.
+            vocab_size: the size of the true vocabulary, without padding.
         """
         self.dms = dms
         self.token_weights = loss_mask.T.flatten()  # hidden states are [T, B, ...]
@@ -39,9 +39,12 @@ class FusedDistillation:
         config: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As Megatron calls it (0.19.2). hidden_states: [T, B, E], or a part of T (sequence parallelism)."""
+        """Take part in the forward pass, with the arguments of Megatron 0.19.2.
+
+        hidden_states: [T, B, E], or a part of T under sequence parallelism.
+        """
         if config.sequence_parallel:
-            # linear_kl adds the gradient up over the ranks, each of which then takes its part.
+            # linear_kl adds up the gradient over the ranks. Each rank then takes its part.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
             )

@@ -1,11 +1,13 @@
 """The forward step that Megatron's training loop calls for each microbatch.
 
-Normalisation, the same in every layout: the distillation loss is the sum of KL over all target tokens of the
-GLOBAL batch divided by their number; the compression loss is the mean over all samples of the global batch.
-To know that number before the first backward pass, the step reads all its microbatches at once.
+The normalisation is the same in every layout. The distillation loss is the sum of the KL over all target
+tokens of the GLOBAL batch, divided by their number. The compression loss is the mean over all samples of the
+global batch. To know the number of target tokens before the first backward pass, the step reads all its
+microbatches at once.
 
-Under context parallelism every rank reads whole samples and cuts its tokens out; what it adds up are its own
-tokens' losses. Virtual pipeline stages of a rank work on the same microbatches: read once, with one account.
+Under context parallelism, every rank reads whole samples, cuts out its tokens, and adds up the losses of its
+own tokens. The virtual pipeline stages of a rank work on the same microbatches, which are read once and have
+one account each.
 """
 
 from collections import deque
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import (
@@ -55,23 +58,26 @@ _Queue = deque[tuple[dict[str, Tensor], Microbatch]]
 
 
 class RetrofitStep:
-    """Megatron's `forward_step_func`, with the retrofit's schedule and meters."""
+    """Megatron's `forward_step_func`, with the schedule and the meters of the retrofit."""
 
     def __init__(self, dms: DMSConfig, watchdog: Watchdog) -> None:
         self.dms = dms
         self._watchdog = watchdog
-        self._shape: ModelShape | None = None  # set by attach(), like the next two
-        self._models: list[torch.nn.Module] = []  # this rank's virtual stages, one without them
-        self._queues: list[_Queue] = []  # what each of them has yet to work on
-        self._target_tokens: Tensor | None = None  # of the global batch under way
-        self._meter = LayerMeter()  # of the training step under way
+        # attach() sets the next three.
+        self._shape: ModelShape
+        self._models: list[GPTModel] = []  # this rank's virtual pipeline stages, or its one stage
+        self._queues: list[_Queue] = []  # the microbatches that each stage has yet to work on
+        self._target_tokens: Tensor  # [], in the global batch under way; each training step sets it
+        self._meter = LayerMeter()  # the decisions of the training step under way
         self._validation_meter = LayerMeter()
-        self._finished: int | None = None  # training steps so far; None until one is made by this process
+        self._finished: int | None = None  # training steps so far; None before the first one of this process
 
-    def attach(self, models: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """A hook for Megatron's model builder: count layers, make the account's group, log the schedule.
+    def attach(self, models: list[GPTModel]) -> list[GPTModel]:
+        """Count layers, create the process group of the accounts, and log the schedule. Megatron's model
+        builder calls this hook.
 
-        Collective, so it cannot wait for the first forward pass: the pipeline's stages are not in step there.
+        It is a collective operation. So it cannot wait for the first forward pass, in which the pipeline
+        stages are not in step.
         """
         self._shape = _model_shape(models)
         self._models, self._queues = models, [deque() for _ in models]
@@ -81,17 +87,17 @@ class RetrofitStep:
         return models
 
     def __call__(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
-        """Run one microbatch: -> (output for the next stage or the loss, the loss function)."""
+        """Run one microbatch. Return the output (for the next stage or the loss) and the loss function."""
         training = model.training
         self._watchdog.beat(STEP if training else VALIDATION, self._iteration(training) + 1)
         batch, microbatch = self._next(data_iterator, model)
-        fused = {}
+        fused: dict[str, Any] = {}
         if training and self.dms.fuse_output_layer:
             fused["output_processor"] = FusedDistillation(self.dms, batch["loss_mask"], get_args().vocab_size)
         output = model(
             batch["tokens"],
             batch["position_ids"],
-            None,  # the mask is causal, and DMS makes the rest of it
+            None,  # the mask is causal, and DMS attention makes the rest
             labels=batch["labels"],
             packed_seq_params=microbatch,
             **fused,
@@ -99,8 +105,11 @@ class RetrofitStep:
         return output, partial(self._loss, batch, microbatch, model)
 
     def _next(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple[dict[str, Tensor], Microbatch]:
-        """This stage's next microbatch. A rank's first virtual stage is the first to want it and reads it for
-        all of them: the others' data iterators, which would give the same samples, are left alone."""
+        """Return the next microbatch of this stage.
+
+        The first virtual stage of a rank is the first to ask for a microbatch, and reads it for all stages.
+        The data iterators of the other stages, which would give the same samples, are not used.
+        """
         queue = self._queues[unwrap_model(model).vp_stage or 0]
         if not queue:
             config = get_model_config(model)
@@ -129,15 +138,15 @@ class RetrofitStep:
         return batches
 
     def _iteration(self, training: bool) -> int:
-        """The training step under way, from 0; in evaluation the last one that was finished."""
+        """Return the training step under way, from 0, or in evaluation the last finished one."""
         args = get_args()
         if training:
             return args.curr_iteration
-        # Megatron sets curr_iteration only where it trains: neither with --skip-train nor for a finished run.
+        # Megatron sets curr_iteration only when it trains: not with --skip-train, and not in a finished run.
         return max((args.iteration if self._finished is None else self._finished) - 1, 0)
 
     def _describe(self, batch: dict[str, Tensor], training: bool, config: Any) -> Microbatch:
-        """The record that travels to every layer."""
+        """Return the record that travels to every layer."""
         valid = batch["valid"].bool()
         common = {"sample_ids": batch["sample_id"], "valid": valid, "seed": get_args().seed}
         iteration = self._iteration(training)
@@ -150,7 +159,7 @@ class RetrofitStep:
             shape=self._shape,
             target=self.dms.schedule.target_fraction(iteration - self.dms.zeroing_steps),
             tokens=valid.sum(dim=1).float().clamp(min=1),
-            # Megatron averages gradients over context-parallel ranks too, which add parts up.
+            # Megatron averages gradients over context-parallel ranks as well, which hold parts of a sum.
             loss_weight=self.dms.compression_weight
             * scale
             * (parallel_state.get_context_parallel_world_size() / get_num_microbatches()),
@@ -160,13 +169,13 @@ class RetrofitStep:
     def _loss(
         self, batch: dict[str, Tensor], microbatch: Microbatch, model: torch.nn.Module, output: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """On the last stage: -> (loss to differentiate, reported pairs).
+        """Return the loss to differentiate and the reported pairs, on the last stage.
 
-        Megatron (0.19.2) divides the loss by the number of microbatches, multiplies it by the number C of
-        context-parallel ranks, and averages gradients over these and the data-parallel ones; the factor here
-        turns that into the sum over the global batch. The compression loss has its gradient already
-        (mcore/compression_account.py) and is added for the report alone, which is the mean over all of these
-        ranks.
+        Megatron 0.19.2 divides the loss by the number of microbatches, multiplies it by the number of
+        context-parallel ranks, and averages gradients over the context-parallel and data-parallel ranks. The
+        factor here turns all that into the sum over the global batch. The compression loss has its gradient
+        already (mcore/compression_account.py), and is added for the report alone. The report is the mean over
+        these ranks.
         """
         mask = batch["loss_mask"]
         training = model.training
@@ -190,16 +199,18 @@ class RetrofitStep:
             return kl_sum / mask.sum().clamp(min=1), reports
         parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
         loss = kl_sum * parts / self._target_tokens
-        compression = reports[COMPRESSION_LOSS]  # of this microbatch; all have the same number of samples
+        compression = reports[COMPRESSION_LOSS]  # of this microbatch: all have equally many samples
         total = loss * parallel_state.get_context_parallel_world_size()
         total = total + self.dms.compression_weight * compression[0] / compression[1]
         return loss, {"loss": pair(total, 1)} | reports
 
     def _layer_reports(self) -> dict[str, Tensor]:
-        """The step's least and most compressed layer, known at its last microbatch."""
+        """Return the pairs of the step's least and most compressed layer, which its last microbatch knows."""
         if self._queues[-1]:
             return {name: torch.zeros_like(self._target_tokens).expand(2) for name in LAYER_EXTREMES}
         kept = self._meter.kept_fraction(parallel_state.get_data_parallel_group())
+        if kept is None:
+            raise RuntimeError("no microbatch of this training step has reported its decisions")
         extremes = layer_extremes(kept)
         args = get_args()
         if (args.curr_iteration + 1) % args.log_interval == 0:
@@ -208,14 +219,15 @@ class RetrofitStep:
                 f" DMS iteration {args.curr_iteration + 1}: least compressed layer {least} (CR {low:.2f}), "
                 f"most compressed layer {most} (CR {high:.2f})"
             )
-        share = 1 / parallel_state.get_data_parallel_world_size()  # each rank reports the same
+        share = 1 / parallel_state.get_data_parallel_world_size()  # each rank reports the same number
         return {
             name: pair(torch.full_like(self._target_tokens, cr * share), share)
             for name, (_, cr) in zip(LAYER_EXTREMES, extremes, strict=True)
         }
 
     def after_validation(self, model: list[torch.nn.Module]) -> None:
-        """Megatron's `non_loss_data_func`: draw the heat map of kept pairs of the validation just done."""
+        """Draw the heat map of the pairs kept in the validation just done. This is Megatron's
+        `non_loss_data_func`."""
         if not parallel_state.is_pipeline_last_stage():
             return
         kept = self._validation_meter.kept_fraction(parallel_state.get_data_parallel_group())
@@ -230,11 +242,12 @@ class RetrofitStep:
             wandb.log({"kept fraction": wandb.Image(str(path))}, step)
 
 
-def _model_shape(models: list[torch.nn.Module]) -> ModelShape:
-    """Counts of the whole model and of this rank; creates the account's process group (collective)."""
+def _model_shape(models: list[GPTModel]) -> ModelShape:
+    """Return the counts of the model and of this rank, and create the process group of the accounts. All
+    ranks call this together."""
     config = get_model_config(models[0])
-    # The ranks of one copy of the model are those of one data-parallel number. Megatron's model-parallel
-    # group leaves context parallelism out.
+    # The ranks that hold one copy of the model have the same data-parallel rank. Megatron's model-parallel
+    # group leaves out context parallelism.
     own = parallel_state.get_data_parallel_rank()
     everyone = [0] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
@@ -247,6 +260,6 @@ def _model_shape(models: list[torch.nn.Module]) -> ModelShape:
 
 
 def _own_part(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the device; of the tokens, those of this context-parallel rank."""
+    """Return the batch on the device, with the tokens of this context-parallel rank."""
     on_device = {name: tensor.cuda(non_blocking=True) for name, tensor in batch.items()}
     return own_tokens(on_device, parallel_state.get_context_parallel_group())

@@ -1,7 +1,7 @@
 """Student and teacher as one model, through nvidia-modelopt (upstream/modelopt_distillation.py).
 
-What modelopt does not bring is here: a KL that leaves vocabulary padding out and keeps no fp32 copies of the
-logits, and a teacher that shares the student's tensors.
+This module holds what modelopt does not have: a KL that leaves out vocabulary padding and keeps no fp32
+copies of the logits, and a teacher that shares the student's tensors.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ from megatron_dms.upstream.modelopt_distillation import DistillationLoss, distil
 
 
 class TokenKL(DistillationLoss):
-    """KL per token between vocabulary-parallel logits, [T, B, V / TP] each -> [B, T].
+    """The KL per token, [B, T], between vocabulary-parallel logits, [T, B, V / TP] each.
 
-    Columns beyond the true vocabulary are left out: how many there are depends on the layout.
+    Columns beyond the true vocabulary are left out, as their number depends on the layout.
     """
 
     def __init__(self, dms: DMSConfig, vocab_size: int, tp_group: ProcessGroup) -> None:
@@ -32,8 +32,8 @@ class TokenKL(DistillationLoss):
         self.tp_group = tp_group
 
     def forward(self, student: tuple[Tensor, Any], teacher: tuple[Tensor, Any]) -> Tensor:
-        """Both arguments are (logits, bias), as Megatron's output layer returns them. In training the
-        teacher's logits are overwritten."""
+        """Return the KL. Both arguments are (logits, bias), as Megatron's output layer returns them. In
+        training, the teacher's logits are overwritten."""
         own = true_columns(student[0].shape[-1], self.vocab_size, self.tp_group)
         group = self.tp_group if self.tp_group.size() > 1 else None
         kl = distillation_kl(student[0], teacher[0], self.dms.kl, own, self.dms.kl_temperature, group)
@@ -41,7 +41,7 @@ class TokenKL(DistillationLoss):
 
 
 def true_columns(columns: int, vocab_size: int, tp_group: ProcessGroup) -> int:
-    """How many of a rank's V / TP columns belong to the true vocabulary; the rest pads it."""
+    """Return how many of this rank's V / TP columns belong to the true vocabulary. The others are padding."""
     first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
         columns, tp_group.rank(), tp_group.size()
     )
@@ -52,15 +52,15 @@ def distill(student: GPTModel, teacher: GPTModel, dms: DMSConfig, vocab_size: in
     """Turn the student into modelopt's DistillationModel with this teacher, in place.
 
     Args:
-        dms: direction and temperature of the loss.
-        vocab_size: true vocabulary, without padding.
+        dms: the settings, for direction and temperature of the loss.
+        vocab_size: the size of the true vocabulary, without padding.
     """
     loss = TokenKL(dms, vocab_size, student.pg_collection.tp) if student.post_process else None
     model = distillation_model(student, teacher, loss)
     model.compute_language_model_loss = partial(
         _validation_cross_entropy, model, model.compute_language_model_loss, vocab_size
     )
-    # The teacher is a plain model: it knows nothing of microbatch records, see mcore/microbatch.py.
+    # The teacher is a plain model, which cannot read the record of a microbatch (mcore/microbatch.py).
     teacher.register_forward_pre_hook(_without_microbatch, with_kwargs=True)
     return model
 
@@ -68,10 +68,10 @@ def distill(student: GPTModel, teacher: GPTModel, dms: DMSConfig, vocab_size: in
 def _validation_cross_entropy(
     model: GPTModel, cross_entropy: Callable[..., Tensor], vocab_size: int, labels: Tensor, logits: Tensor
 ) -> Tensor:
-    """Megatron's cross entropy [B, T], over the true vocabulary; in training modelopt's, which is zero.
+    """Return Megatron's cross entropy [B, T] over the true vocabulary; in training modelopt's, which is zero.
 
-    Megatron's counts the columns that pad the vocabulary, whose number depends on the layout, and overwrites
-    its logits, which the distillation loss has yet to read.
+    Megatron's function counts the columns that pad the vocabulary, whose number depends on the layout. It
+    also overwrites its logits, which the distillation loss has yet to read.
     """
     if not model.training:
         logits = logits.clone()
@@ -85,13 +85,14 @@ def _without_microbatch(module: torch.nn.Module, args: tuple, kwargs: dict) -> t
 
 
 def share_parameters(teacher: torch.nn.Module, student: torch.nn.Module) -> None:
-    """Make the teacher's parameters the student's own tensors: the same weights with eviction off.
+    """Replace the teacher's parameters by the student's own tensors. The teacher is then the student without
+    eviction.
 
     Args:
-        teacher: a model whose parameters are all in the student under the same names.
+        teacher: a model whose parameters the student has under the same names.
 
     Raises:
-        ValueError: the student lacks one of them.
+        ValueError: the student lacks one of these parameters.
     """
     own = dict(student.named_parameters())
     for name, _ in list(teacher.named_parameters()):

@@ -1,6 +1,6 @@
-"""Where weights come from, the student's and the teacher's alike: a Megatron checkpoint or an HF folder.
+"""The sources of weights, for the student and the teacher: a Megatron checkpoint or an HF folder.
 
-Both say what model they hold before anything is built, and fill a model that is built, each rank its part.
+Both describe their model before anything is built. Later they load a model that is built, each rank its part.
 """
 
 import shutil
@@ -23,32 +23,37 @@ if TYPE_CHECKING:
 
 
 class Weights(ABC):
-    """args: the model's architecture (and `dms`, where it was retrofitted), in Megatron's names. iteration:
-    the training steps behind it. tokenizer_folder: where its HF files are.
-    """
+    """A checkpoint, opened but not loaded."""
 
     folder: Path
     args: Namespace
+    """The architecture under Megatron's names, and `dms` if the model was retrofitted."""
     iteration: int
+    """The training steps after which it was saved; 0 if it was never trained here."""
     tokenizer_folder: Path
+    """The folder of its HF side files."""
 
     @abstractmethod
     def load(self, models: "list[GPTModel]") -> None:
-        """Fill the parts of this rank (its virtual pipeline stages, or one model); a linear predictor that is
-        not held stays as it was initialised. Collective.
+        """Load this rank's part of the weights. All ranks call this together.
+
+        If the checkpoint holds no linear predictor, the predictor of the models stays as it was initialised.
+
+        Args:
+            models: this rank's virtual pipeline stages, or its one stage.
         """
 
     def has_hf_files(self, save: Path) -> bool:
-        """Whether `save`/hf holds this model's config.json already."""
+        """Return whether `save`/hf holds this model's config.json already."""
         ours, theirs = self.tokenizer_folder / "config.json", save / HF / "config.json"
         return ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes()
 
     @abstractmethod
     def carry_hf_files(self, save: Path) -> None:
-        """Put the HF side files into the folder `save`/hf, beside new checkpoints: export needs them."""
+        """Put the HF side files into the folder `save`/hf, where an export of new checkpoints needs them."""
 
     def _wanted(self, model: "GPTModel") -> dict[str, object]:
-        """The model's sharded state, less a predictor that is not here."""
+        """Return the model's sharded state, without a predictor that the checkpoint does not hold."""
         from megatron.core.process_groups_config import ProcessGroupCollection
 
         held = (getattr(self.args, "dms", None) or {}).get("predictor")
@@ -60,21 +65,28 @@ class Weights(ABC):
 
 
 class MegatronWeights(Weights):
-    """One iteration (None: the latest) of a Megatron checkpoint folder, every file's presence checked."""
+    """One iteration (None: the latest) of a Megatron checkpoint folder, all of whose files are present."""
 
     def __init__(self, folder: Path, iteration: int | None = None) -> None:
         self.folder = folder
         reader, self.args = open_checkpoint(folder, iteration)
         self.iteration_folder = reader.folder
-        self.iteration = iteration or int(reader.common().get("iteration", 0))
+        said = reader.common().get("iteration", 0)
+        if not isinstance(said, int):
+            raise CheckpointError(f"{reader.folder} says iteration {said!r}, expected a number")
+        self.iteration = iteration or said
         self.tokenizer_folder = folder / HF
 
     def load(self, models: "list[GPTModel]") -> None:
-        """See Weights. Raises KeyError if a tensor is missing or does not belong to the model."""
+        """See Weights.
+
+        Raises:
+            KeyError: a tensor is missing, or does not belong to the model.
+        """
         from megatron.core import dist_checkpointing
 
-        # All stages at once: Megatron insists that every layer is asked for. Nested, because what the file
-        # holds in common (its arguments) is added beside it.
+        # All stages are loaded at once, as Megatron insists that every layer is asked for. They are nested,
+        # because Megatron adds what the checkpoint holds in common (its arguments) beside them.
         wanted = {str(stage): self._wanted(model) for stage, model in enumerate(models)}
         fresh = [set(model.state_dict()) - set(wanted[str(stage)]) for stage, model in enumerate(models)]
         loaded = dist_checkpointing.load(wanted, str(self.iteration_folder))
@@ -96,7 +108,7 @@ class MegatronWeights(Weights):
 
 
 class HFWeights(Weights):
-    """An HF folder, its tensors' names and shapes checked against its config.json."""
+    """An HF folder. The names and shapes of its tensors are checked against its config.json."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = self.tokenizer_folder = folder
@@ -108,7 +120,7 @@ class HFWeights(Weights):
         self.args = Namespace(**model.family.megatron_args(model), dms=model.dms and model.dms.stored())
 
     def load(self, models: "list[GPTModel]") -> None:
-        """See Weights; only the slices that this rank needs are read."""
+        """See Weights. Only the slices that this rank needs are read."""
         for model in models:
             load_hf_weights(self._wanted(model), self._rows, self._source)
 
@@ -124,10 +136,10 @@ def _new_hf_folder(save: Path) -> AbstractContextManager[Path]:
 
 
 def open_weights(folder: str | Path, iteration: int | None = None) -> Weights:
-    """An HF folder (it has a config.json) or a Megatron checkpoint.
+    """Open an HF folder (which has a config.json) or a Megatron checkpoint.
 
     Raises:
-        CheckpointError: neither of the two, or a damaged one.
+        CheckpointError: the folder is neither of the two, or it is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
