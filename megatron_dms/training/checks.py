@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
 
 _ANOTHER_MODEL = "it would be another model than the checkpoint's"
-_OURS = "every checkpoint is verified before it counts and before it is loaded; see docs/survival.md"
+_VERIFIED_SAVES = (
+    "every checkpoint is verified before it counts and before it is loaded; see docs/survival.md"
+)
 _UNEVEN = "stages must hold equally many layers"
 _EIGHT_BITS = "nobody has measured what so coarse a rounding does to eviction decisions; use --bf16"
 
@@ -27,8 +29,8 @@ _UNSUPPORTED = {
     "hierarchical_context_parallel_sizes": (None, "ranks exchange heads for tokens by one all-to-all"),
     "num_experts": (None, "mixture-of-experts models are not supported"),
     "multi_latent_attention": (False, "multi-latent attention is not supported"),
-    "attention_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
-    "hidden_dropout": (0.0, "distillation compares logits, dropout only adds noise to them"),
+    "attention_dropout": (0.0, "distillation compares logits, and dropout only adds noise to them"),
+    "hidden_dropout": (0.0, "distillation compares logits, and dropout only adds noise to them"),
     "mtp_num_layers": (None, "multi-token prediction is not supported"),
     "calculate_per_token_loss": (
         False,
@@ -63,12 +65,12 @@ _UNSUPPORTED = {
     ),
     "non_persistent_save_interval": (None, "such checkpoints are not verified"),
     "non_persistent_ckpt_type": (None, "such checkpoints are not verified"),
-    "ckpt_format": ("torch_dist", _OURS),
-    "ckpt_convert_format": (None, _OURS),
-    "verify_integrity": (False, f"rank 0 alone would read everything once more: {_OURS}"),
-    "async_strategy": ("mcore", "the only one whose saves are verified"),
-    "use_persistent_ckpt_worker": (False, "a save would wait for ever for such a worker that has died"),
-    "spec": (None, "the layers are those of megatron_dms.mcore.layer_specs"),
+    "ckpt_format": ("torch_dist", _VERIFIED_SAVES),
+    "ckpt_convert_format": (None, _VERIFIED_SAVES),
+    "verify_integrity": (False, f"rank 0 alone would read everything once more: {_VERIFIED_SAVES}"),
+    "async_strategy": ("mcore", "it is the only strategy whose saves are verified"),
+    "use_persistent_ckpt_worker": (False, "a save would wait for ever if such a worker died"),
+    "spec": (None, "megatron_dms.mcore.layer_specs builds the layers"),
     "fp8": (None, _EIGHT_BITS),
     "fp4": (None, _EIGHT_BITS),
 }

@@ -122,7 +122,7 @@ def _parse_megatron_flags() -> tuple[Namespace, "Weights", bool]:
     found: list[tuple[Weights, bool]] = []
 
     def complete(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser.error = _raise_startup_error  # type: ignore[method-assign] - Megatron makes the parser
+        parser.error = _raise_startup_error  # type: ignore[method-assign]  # Megatron made it
         add_dms_arguments(parser)
         parser.add_argument(
             "--load-hf",
