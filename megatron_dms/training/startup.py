@@ -39,7 +39,7 @@ class Run:
     continues: bool
     """Whether training goes on where `start` was saved. False: a new retrofit starts from these weights."""
     teacher: "Weights | None" = None
-    """The teacher's weights. None before `check`, and where the teacher is the student itself."""
+    """The teacher's weights. None before `check`, and if the teacher is the student itself."""
 
     @property
     def new_start(self) -> "Weights | None":
@@ -55,9 +55,8 @@ def parse() -> Run:
     """Parse sys.argv, as Megatron does, and open the checkpoint that the run begins with.
 
     Raises:
-        StartupError: an unknown flag, a value of the wrong type, an invalid DMS setting, or no checkpoint
-            that
-            could be opened.
+        StartupError: an unknown flag, a value of the wrong type, an invalid DMS setting, or a checkpoint
+            that cannot be opened.
     """
     dms = parse_dms_flags(sys.argv[1:])
     _prepare_machine()
