@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_dms.arguments import add_dms_arguments, destination, dms_config_from_args
-from megatron_dms.compression_method import EVICTION, MERGING
+from megatron_dms.compression_method import EVICTION, MERGING, method_of
 from megatron_dms.config import DMSConfig, flag_of
+from megatron_dms.errors import CheckpointError
 
 # A value other than the default for every field, all valid together.
 OTHER: dict[str, Any] = {
@@ -208,6 +209,14 @@ def test_merging_from_the_command_line() -> None:
     assert dms_config_from_args(parser().parse_args(words)) == DMSConfig(**MERGE)
     assert DMSConfig(**MERGE).compression_method is MERGING
     assert DMSConfig().compression_method is EVICTION
+
+
+def test_the_method_of_a_checkpoint() -> None:
+    """Catches: a checkpoint from before there was a choice that is refused; an unknown method taken for
+    eviction, so that an export would evict what training did something else with."""
+    assert method_of({}) is EVICTION and method_of({"method": "merge"}) is MERGING
+    with pytest.raises(CheckpointError, match="says method 'drop', expected one of evict, merge"):
+        method_of({"method": "drop"})
 
 
 def test_help_tells_meaning_and_default() -> None:
