@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_dms.arguments import add_dms_arguments, dms_config_from_args
 from megatron_dms.config import DMSConfig, flag_of
-from megatron_dms.errors import StartupError
+from megatron_dms.errors import CheckpointError, DataError, StartupError
 from megatron_dms.training import checks
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _parse_megatron_flags() -> tuple[Namespace, "Weights", bool]:
     """
     from megatron.training.arguments import parse_args
 
-    from megatron_dms.conversion import CheckpointError, set_parser_defaults
+    from megatron_dms.conversion import set_parser_defaults
     from megatron_dms.upstream.megatron_arguments import set_machine_defaults
 
     found: list[tuple[Weights, bool]] = []
@@ -157,9 +157,8 @@ def check(run: Run) -> Run:
     Raises:
         StartupError: see the module's docstring.
     """
-    from megatron_dms.conversion import CheckpointError, check_model_args, set_model_args
+    from megatron_dms.conversion import check_model_args, set_model_args
     from megatron_dms.data.data_flags import validate_data_args
-    from megatron_dms.errors import DataError
     from megatron_dms.training.layout import check_heads_and_layers, check_layout
 
     dms, args, start = run.dms, copy.copy(run.args), run.start
@@ -240,7 +239,6 @@ def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:
     A new run replaces the side files that an earlier run of another model left. It refuses to do so if that
     run left checkpoints, too: they would be exported with the wrong files.
     """
-    from megatron_dms.conversion import CheckpointError
     from megatron_dms.formats.megatron_folder import HF, TRACKER
 
     try:

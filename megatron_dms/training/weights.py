@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dms.conversion import CheckpointError
 from megatron_dms.conversion.export_files import of_source, write_side_files
 from megatron_dms.conversion.families import read_model
 from megatron_dms.conversion.hf_folder import HFFolder
 from megatron_dms.conversion.hf_weights import load_hf_weights
+from megatron_dms.errors import CheckpointError
 from megatron_dms.files import staged_folder
 from megatron_dms.formats.megatron_folder import HF, open_checkpoint
 
