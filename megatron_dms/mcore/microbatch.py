@@ -46,7 +46,7 @@ class Microbatch(PackedSeqParams):
 
     def __post_init__(self) -> None:
         if (self.account is None) != (self.phase is Phase.ZEROING):
-            raise ValueError(f"phase {self.phase.value} with account {self.account}: only zeroing has none")
+            raise ValueError(f"account is {type(self.account).__name__} in phase {self.phase.value}")
         self.qkv_format = "sbhd"
         # Megatron takes the length of the rotary table from these two, before it cuts the table by context
         # rank.

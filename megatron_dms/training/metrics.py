@@ -103,13 +103,16 @@ def draw_kept_fraction(kept: Tensor, title: str, path: Path) -> Any:
     """Draw a heat map of the kept fraction [L, G] (layers down, KV heads across), save it as a PNG file, and
     return the figure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers, groups = kept.shape
     figure = Figure(figsize=(max(4.0, 0.5 * groups + 2), max(3.0, 0.25 * layers + 1.5)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(kept.cpu().numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set(xlabel="KV head", ylabel="layer", title=title, xticks=range(groups))
-    axes.locator_params(axis="y", integer=True)
+    locator = axes.yaxis.get_major_locator()
+    if isinstance(locator, MaxNLocator):  # matplotlib's default is one
+        locator.set_params(integer=True)
     figure.colorbar(image, label="kept fraction of key-value pairs")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
