@@ -11,7 +11,7 @@ from megatron_dms.errors import StartupError
 
 
 def check_layout(args: Namespace) -> None:
-    """Processes, sequence, heads, layers and microbatches divide by the layout."""
+    """Check that processes, sequence, heads, layers and microbatches divide by the layout."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp = args.context_parallel_size
     check_heads_and_layers(args, args)
@@ -37,7 +37,8 @@ def check_layout(args: Namespace) -> None:
 
 
 def virtual_stages(args: Namespace) -> int:
-    """VPP, from either flag of Megatron's; 1 without virtual stages."""
+    """Return the number of virtual stages of each pipeline rank, from either of Megatron's flags; 1 without
+    them."""
     pp, each = args.pipeline_model_parallel_size, args.num_layers_per_virtual_pipeline_stage
     if each is None:
         return args.num_virtual_stages_per_pipeline_rank or 1
@@ -55,7 +56,7 @@ def virtual_stages(args: Namespace) -> int:
 
 
 def check_heads_and_layers(args: Namespace, model: Namespace, whose: str = "the model") -> None:
-    """Heads, MLP channels, layers of a model (the student's or the teacher's) divide by the layout."""
+    """Check that heads, MLP channels and layers of the student or the teacher divide by the layout."""
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     names = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
     pp = args.pipeline_model_parallel_size
