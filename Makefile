@@ -31,7 +31,7 @@ help:
 	@echo "make test-ranks            every other test: several ranks, the demo, a GPU where there is one"
 	@echo "make test-transformers-4   the tests of exported models on transformers 4.57; puts 130 MB into build/"
 	@echo "make demo     retrofit the tiny reasoner on four CPU ranks and compare; results in out/demo/"
-	@echo "make lint     ruff check and ruff format --check"
+	@echo "make lint     ruff check, ruff format --check and mypy"
 	@echo "make site     the documentation as a site in build/site/, warnings are errors"
 	@echo "make format   let ruff mend and format the source"
 	@echo "make clean    remove caches and out/; $(VENV)/ stays"
@@ -74,6 +74,7 @@ $(TRANSFORMERS_4)/.installed: $(TRANSFORMERS_4_PINS) | install
 lint: install
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
+	"$(PY)" -m mypy
 
 format: install
 	"$(PY)" -m ruff check --fix .

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from megatron_dms.command_line import Parser, say_error  # noqa: E402
-from megatron_dms.evaluation.tasks.dataset_files import DatasetRow  # noqa: E402
-from megatron_dms.evaluation.tasks.source import Dataset  # noqa: E402
-from megatron_dms.files import output_file  # noqa: E402
+from megatron_dms.command_line import Parser, say_error
+from megatron_dms.evaluation.tasks.dataset_files import DatasetRow
+from megatron_dms.evaluation.tasks.source import Dataset
+from megatron_dms.files import output_file
 
 OPENR1 = Dataset("open-r1/OpenR1-Math-220k", "train", "default")
 _VERDICTS = ("correctness_math_verify", "is_reasoning_complete")

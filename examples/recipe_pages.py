@@ -17,11 +17,11 @@ from string import Template
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a clone, installed or not
 
-from recipes import HERE, MODELS, RATIOS, Model, Recipe  # noqa: E402
+from recipes import HERE, MODELS, RATIOS, Model, Recipe
 
-from megatron_dms.command_line import Parser, say, say_error  # noqa: E402
-from megatron_dms.planning.job import RECIPES, RankLayout  # noqa: E402
-from megatron_dms.planning.models import preset  # noqa: E402
+from megatron_dms.command_line import Parser, say, say_error
+from megatron_dms.planning.job import RECIPES, RankLayout
+from megatron_dms.planning.models import preset
 
 PRICE = 2.5
 """USD for an hour of an H100: an assumption and nobody's offer."""

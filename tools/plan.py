@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_dms.cli.plan import main  # noqa: E402
+from megatron_dms.cli.plan import main
 
 if __name__ == "__main__":
     sys.exit(main(program="tools/plan.py"))

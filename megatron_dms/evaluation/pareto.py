@@ -3,6 +3,7 @@
 A point is one budget (W-L-CR) of a method: its cost, such as KV reads or peak tokens, and its accuracy.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from math import isfinite, log
 from typing import Literal, NamedTuple
@@ -78,14 +79,14 @@ def mean_gain(
         return gains[0]
     area = sum(
         (right - left) * (gains[i] + gains[i + 1]) / 2
-        for i, (left, right) in enumerate(zip(knots, knots[1:], strict=False))
+        for i, (left, right) in enumerate(itertools.pairwise(knots))
     )
     return area / (high - low)
 
 
 def _interpolate(line: Sequence[tuple[float, float]], x: float) -> float:
     """Return the height of `line` at x; the corners of the line rise in x, and x lies between them."""
-    for (left, start), (right, end) in zip(line, line[1:], strict=False):
+    for (left, start), (right, end) in itertools.pairwise(line):
         if x <= right:
             return start + (end - start) * (x - left) / (right - left)
     return line[-1][1]

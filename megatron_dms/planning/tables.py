@@ -104,8 +104,10 @@ def training_rows(found: Sequence[TrainingError], assumed: Assumptions) -> str:
         [
             text_table(lines, "<>"),
             "H100-hours; of peak: the share of bf16 FLOPs that the published time means.",
-            f"predicted: roofline x slowdown {assumed.slowdown:g}, one for all; others' fit: the "
-            "geometric mean of the other runs alone.",
+            (
+                f"predicted: roofline x slowdown {assumed.slowdown:g}, one for all; others' fit: the "
+                "geometric mean of the other runs alone."
+            ),
             f"geometric mean of published / roofline: {fitted_slowdown(found):.3f}",
             *notes,
         ]

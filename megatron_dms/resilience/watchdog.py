@@ -224,7 +224,7 @@ class Watchdog(contextlib.AbstractContextManager["Watchdog"]):
                 if stacks:
                     self._dump_stacks()
                     self._say(f"watchdog: {cause}: {diagnose([self._report()], {})}")
-                return
+                return None
             self._connect()
             assert self._store is not None
             first = json.loads(self._store.compare_set(_ALARM, "", json.dumps(alarm)))

@@ -16,7 +16,7 @@ pytestmark = [
 
 Curves = dict[str, list[float]]
 BF16 = 2**-8  # relative; a result that went through roundings in another order differs by a few of them
-TOLERANCE = {name: 4 * BF16 for name in COMPARED}
+TOLERANCE = dict.fromkeys(COMPARED, 4 * BF16)
 # Decisions of a random model sit near their threshold, where a rounding turns single ones.
 TOLERANCE |= {name: 16 * BF16 for name in COMPARED if "CR" in name or name == "compression loss"}
 

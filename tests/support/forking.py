@@ -46,7 +46,7 @@ class ForkServer:
     def __init__(
         self, environment: Mapping[str, str] | None = None, modules: Sequence[str] = PRELOADED
     ) -> None:
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server
         self._process = subprocess.Popen(
             [sys.executable, "-u", "-m", "tests.support.fork_server", *modules],
             cwd=ROOT,

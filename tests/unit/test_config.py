@@ -224,9 +224,11 @@ def test_help_tells_meaning_and_default() -> None:
     text = " ".join(parser().format_help().split())
     for item in fields(DMSConfig):
         assert len(item.metadata["help"]) > 20
-        assert f"{item.metadata['help']} (default: {item.default or item.default == 0 and item.default})" in (
-            text
-        ) or (item.default is None and f"{item.metadata['help']} (default: none)" in text), item.name
+        assert (
+            f"{item.metadata['help']} (default: {item.default or (item.default == 0 and item.default)})"
+            in (text)
+            or (item.default is None and f"{item.metadata['help']} (default: none)" in text)
+        ), item.name
 
 
 @pytest.mark.parametrize(
@@ -300,5 +302,5 @@ def test_what_need_not_agree_with_a_checkpoint(resuming: bool) -> None:
 
 def test_a_checkpoint_that_does_not_say_what_it_does_evicts() -> None:
     """Catches: a checkpoint from before there was merging, of which a run makes a merged one in silence."""
-    with pytest.raises(ValueError, match="--dms-method is merge, .* with evict"):
+    with pytest.raises(ValueError, match=r"--dms-method is merge, .* with evict"):
         DMSConfig(**MERGE).check_against({"window": 0}, resuming=True)

@@ -89,3 +89,15 @@ def test_it_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     _run(tmp_path, *command, "convert", "export", *words, tmp_path / "hf", **path)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (base / name).read_bytes(), name
+
+
+def test_a_retrofit_starts_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """Catches: an entry that only a clone has. The flag is wrong, so that the run ends before Megatron starts."""
+    command = [sys.executable, "-m", "megatron_dms.pretrain", "--dms-window", "-1"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2 and done.stderr.startswith("pretrain_dms.py: error: --dms-window"), (
+        done.stderr
+    )

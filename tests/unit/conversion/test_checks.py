@@ -1,5 +1,6 @@
 """Checks that no other test would miss: each test here covers one check, or a few of one kind."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def test_without_a_layout_files_are_of_a_limited_size(
     assert all(sum(held) <= limit for held in sizes if len(held) > 1) and max(map(len, sizes)) > 1
     # greedy: what begins a file would not have fitted into the one before
     order = [[info.nbytes for info in HFFolder(out).infos.values() if info.file == f.name] for f in files]
-    assert all(sum(a) + b[0] > limit for a, b in zip(order, order[1:], strict=False))
+    assert all(sum(a) + b[0] > limit for a, b in itertools.pairwise(order))
     before, after = tensors_of(copies / "hf"), tensors_of(out)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 

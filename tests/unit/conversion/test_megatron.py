@@ -72,7 +72,7 @@ def make_fastdms(folder: Path) -> Path:
 def add_code(folder: Path) -> Path:
     """Add code to a checkpoint; config.json names the code, and the code makes a file when it runs."""
     (folder / "own.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\n")
-    edit_config(folder, auto_map={name: "own.Own" for name in ("AutoConfig", "AutoModelForCausalLM")})
+    edit_config(folder, auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "own.Own"))
     return folder
 
 

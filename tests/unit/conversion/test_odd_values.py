@@ -104,7 +104,7 @@ def test_dms_keys_of_config_json(separate: bool) -> None:
     """Catches: a ratio of NaN or infinity, a window of 10**400, a list for a choice."""
     base = {
         **json.loads('{"model_type": "qwen3", "rms_norm_eps": 1e-6, "hidden_size": 32}'),
-        **{key: 2 for key in ("num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")},
+        **dict.fromkeys(("num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size"), 2),
         **{"max_position_embeddings": 64, "num_key_value_heads": 1, **NVIDIA, "dms_separate_alpha": separate},
         **{"dms_predictor": "linear" if separate else "query_channel", "dms_lag": 1},
     }

@@ -95,7 +95,7 @@ def test_an_export_in_a_half_type_of_fp32_training_agrees(base: Path, tmp_path: 
 def test_one_flipped_bit_is_named(base: Path, tmp_path: Path) -> None:
     """Catches: a verify that cannot fail: one bit of an HF value, so one tensor and the logits."""
     other = shutil.copytree(base / "hf", tmp_path / "hf")
-    file = sorted(other.glob("*.safetensors"))[-1]
+    file = max(other.glob("*.safetensors"))
     content = bytearray(file.read_bytes())
     content[-1] ^= 0x01  # the exponent of the last value
     file.write_bytes(content)
@@ -157,7 +157,7 @@ def test_dms_settings_must_agree(tmp_path: Path) -> None:
     edit_config(hf, architectures=["Qwen3ForCausalLMDMS"])
     import_hf(hf, tmp_path / "megatron")
     edit_config(hf, dms_window_size=17)
-    with pytest.raises(CheckpointError, match="window is 17 .* and 16"):
+    with pytest.raises(CheckpointError, match=r"window is 17 .* and 16"):
         verify(hf, tmp_path / "megatron")
 
 
@@ -182,7 +182,7 @@ def test_error_of_one_rank_is_one_line_and_ends_the_others(tmp_path: Path) -> No
     import_hf(make_qwen3(tmp_path / "hf"), tmp_path / "megatron")
     prompts = Prompts(positions=tuple(range(8)), vocab=100 * VOCAB)
     with pytest.raises(
-        CheckpointError, match="^Megatron's model failed at PP 2: IndexError: index out"
+        CheckpointError, match=r"^Megatron's model failed at PP 2: IndexError: index out"
     ) as error:
         megatron_outputs(Layout(tp=1, pp=2), [Task(tmp_path / "megatron", None, [prompts])])
     assert "\n" not in str(error.value)

@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     for convert, source in ((import_hf, "hf"), (export_hf, "megatron")):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-            with pytest.raises(CheckpointError, match="disk full: .* needs 0.00 GB"):
+            with pytest.raises(CheckpointError, match=r"disk full: .* needs 0.00 GB"):
                 convert(inputs / source, target)
         assert not list(tmp_path.iterdir())
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
             if done > total // 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        with pytest.raises(CheckpointError, match="disk full: .*No space left on device"):
+        with pytest.raises(CheckpointError, match=r"disk full: .*No space left on device"):
             convert(inputs / source, target, progress=full)
         assert not list(tmp_path.iterdir())
 
@@ -293,7 +293,7 @@ def test_pickled_weights_and_wrong_headers_are_refused(inputs: Path, tmp_path: P
     folder.mkdir()
     shutil.copy(inputs / "hf" / "config.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"not even looked at")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin.*safetensors format first"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin.*safetensors format first"):
         import_hf(folder, tmp_path / "out")
     shutil.copy(inputs / "old" / "model.safetensors", folder)
     content = (folder / "model.safetensors").read_bytes()
@@ -312,5 +312,5 @@ def test_pickled_weights_and_wrong_headers_are_refused(inputs: Path, tmp_path: P
         text = json.dumps(header).encode()
         rest = len(text).to_bytes(8, "little") + text + content[8 + length :]
         (folder / "model.safetensors").write_bytes(rest)
-        with pytest.raises(CheckpointError, match="wrong place|damaged"):
+        with pytest.raises(CheckpointError, match=r"wrong place|damaged"):
             HFFolder(folder)

@@ -4,6 +4,7 @@ seed and epoch alone, and corrupt files."""
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import time
@@ -88,7 +89,7 @@ def test_every_target_once_per_epoch(
         length.
     """
     starts = np.cumsum([0, *lengths])  # every token differs
-    documents = [list(range(a, b)) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    documents = [list(range(a, b)) for a, b in itertools.pairwise(starts)]
     prefix = write_set(tmp_path, documents)
     one = ChatDataset(prefix, seq_length, shuffle=False)
     dataset = ChatDataset(prefix, seq_length, len(one) * (epoch + 1), seed=seed)
@@ -255,7 +256,7 @@ def test_empty_splits(tmp_path: Path) -> None:
 
 def arguments(**changes: object) -> Namespace:
     """Return the part of Megatron's namespace that is read here, at its defaults."""
-    defaults: dict[str, object] = {name: None for name in ("data_path", "split", "dataloader_type")}
+    defaults: dict[str, object] = dict.fromkeys(("data_path", "split", "dataloader_type"))
     defaults |= {f"{name}_data_path": None for name in ("train", "valid", "test")}
     defaults |= {"seq_length": 4, "seed": 7, "consumed_train_samples": 16, "consumed_valid_samples": 2}
     return Namespace(**(defaults | changes))
@@ -305,7 +306,7 @@ def test_validate_looks_at_the_files(tmp_path: Path) -> None:
     prefix = write_set(tmp_path, [[1, 2]])
     run = {"train_data_path": [prefix], "eval_iters": 0, "vocab_size": 50}
     validate_data_args(arguments(**run))
-    with pytest.raises(DataError, match="no/such.idx: found no such file"):
+    with pytest.raises(DataError, match=r"no/such.idx: found no such file"):
         validate_data_args(arguments(**run, valid_data_path=["no/such"]))
     with pytest.raises(DataError, match="--eval-iters: found 5 and no validation data"):
         validate_data_args(arguments(**run | {"eval_iters": 5}))

@@ -1,5 +1,6 @@
 """Answers found in text, and which of them are the same."""
 
+import itertools
 import random
 import threading
 import time
@@ -153,10 +154,7 @@ def test_classes_without_transitivity() -> None:
         values = [rng.choice([None, *range(12)]) for _ in range(rng.randrange(8))]
         classes = answer_classes(values, lambda a, b: 0 <= b - a <= 1)
         known = sorted({value for value in values if value is not None})
-        runs = {
-            value: sum(b - a > 1 for a, b in zip(known, known[1:], strict=False) if b <= value)
-            for value in known
-        }
+        runs = {value: sum(b - a > 1 for a, b in itertools.pairwise(known) if b <= value) for value in known}
         keys = [None if value is None else runs[value] for value in values]
         assert classes == [None if key is None else keys.index(key) for key in keys]
 

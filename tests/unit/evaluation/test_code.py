@@ -83,10 +83,12 @@ CALLS: dict[str, tuple[str, Any, Verdict]] = {
         Verdict.PASSED,
     ),
     "modules": (
-        "def f(a, b):\n    stdin.read()\n"
-        "    assert deepcopy([a]) == copy.copy([a]) and maxsize and Counter('a')\n"
-        "    assert json.loads('1') == mean([1]) and datetime.date(2024, 1, 1) and random.random() < 2\n"
-        "    return bisect.bisect_left([1, 2, 3], 3) + bisect_left([1], 2)",
+        (
+            "def f(a, b):\n    stdin.read()\n"
+            "    assert deepcopy([a]) == copy.copy([a]) and maxsize and Counter('a')\n"
+            "    assert json.loads('1') == mean([1]) and datetime.date(2024, 1, 1) and random.random() < 2\n"
+            "    return bisect.bisect_left([1, 2, 3], 3) + bisect_left([1], 2)"
+        ),
         3,
         Verdict.PASSED,
     ),

@@ -45,7 +45,7 @@ def test_math500(tmp_path: Path) -> None:
     ]
     assert task.grade(task.problems[1], [r"\boxed{\sqrt{12}}", r"\boxed{2}"]).correct == [True, False]
     assert not task.solved(task.grade(task.problems[0], [r"\boxed{3}", r"\boxed{3}", r"\boxed{0.5}"]))
-    with pytest.raises(ValueError, match="algebra/1.json: found no texts"):
+    with pytest.raises(ValueError, match=r"algebra/1.json: found no texts"):
         task.grade(task.problems[0], [])
 
 
@@ -62,7 +62,7 @@ def test_aime24(tmp_path: Path) -> None:
     other = {"ID": "2024-II-4", "Problem": "Find m+n.", "Solution": "", "Answer": 7}
     task = load_task("aime24", write(tmp_path / "b.json", [other]))
     assert task.problems[0].id == "2024-II-4" and graded(task, r"\boxed{7}") == [("7", True)]
-    with pytest.raises(ValueError, match="a.jsonl, line 1: column answer: found '1000', expected a whole"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: column answer: found '1000', expected a whole"):
         load_task("aime24", write(tmp_path / "a.jsonl", [AIME[0] | {"answer": "1000"}]))
 
 

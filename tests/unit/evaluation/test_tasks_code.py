@@ -175,7 +175,7 @@ def test_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [p.id for p in load_task("livecodebench", tmp_path).problems] == ["abc0_a", "abc1_a", "abc2_a"]
     assert len(load_task("livecodebench", tmp_path, release=2).problems) == 2
     with pytest.raises(
-        ValueError, match="test4.jsonl missing; expected test.jsonl, test2.jsonl, test3.jsonl"
+        ValueError, match=r"test4.jsonl missing; expected test.jsonl, test2.jsonl, test3.jsonl"
     ):
         load_task("livecodebench", tmp_path, release=4)
 
@@ -190,10 +190,10 @@ def test_releases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(hf_hub_download=download))
     assert len(load_task("livecodebench", release=3).problems) == 3
     assert asked[2] == ("livecodebench/code_generation_lite", "test3.jsonl", "dataset")
-    with pytest.raises(ValueError, match="code_generation_lite cannot be loaded from the hub .*offline"):
+    with pytest.raises(ValueError, match=r"code_generation_lite cannot be loaded from the hub .*offline"):
         load_task("livecodebench")
     (tmp_path / "test2.jsonl").unlink()
-    with pytest.raises(ValueError, match="test2.jsonl missing"):
+    with pytest.raises(ValueError, match=r"test2.jsonl missing"):
         load_task("livecodebench", tmp_path)
     mirror = tmp_path / "mirror" / "release_v5"
     mirror.mkdir(parents=True)

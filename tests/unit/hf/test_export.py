@@ -104,7 +104,7 @@ def test_predictor_tensors_must_match_the_config(tmp_path):
     tensors = load_file(file)
     name = "model.layers.1.self_attn.dms_proj_alpha.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="missing predictor tensors.*layers.1"):
+    with pytest.raises(ValueError, match=r"missing predictor tensors.*layers.1"):
         modeling_dms.Qwen3ForCausalLMDMS.from_pretrained(tmp_path)
     save_file(tensors, file, metadata={"format": "pt"})
     loaded, info = modeling_dms.Qwen3ForCausalLMDMS.from_pretrained(tmp_path, output_loading_info=True)
@@ -167,7 +167,7 @@ def test_missing_window_and_unknown_family_are_refused():
     """Catches a default window for a config that is no DMS config, and an export nobody could load."""
     with pytest.raises(ValueError, match="dms_window_size, dms_initial_alpha_offset missing"):
         DMSSettings.from_entries({"dms_alpha_scale": 100.0})
-    with pytest.raises(ValueError, match="gpt2.*qwen3"):
+    with pytest.raises(ValueError, match=r"gpt2.*qwen3"):
         config_entries("gpt2", DMSSettings(**SETTINGS))
 
 

@@ -135,5 +135,5 @@ def test_export_loads_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton" not in get_imports(page_kernel_dms.__file__)
     page_kernel_dms._kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match="attend_pages_triton needs triton.*install triton"):
+    with pytest.raises(ImportError, match=r"attend_pages_triton needs triton.*install triton"):
         page_kernel_dms.attend_pages_triton(*make_inputs(GOOD))

@@ -79,7 +79,7 @@ def test_the_named_attention_is_the_one_that_runs(monkeypatch):
         calls.append(len(args))
         return attend_pages(*args)
 
-    with pytest.raises(ValueError, match="'counted', expected one of .*'torch'"):
+    with pytest.raises(ValueError, match=r"'counted', expected one of .*'torch'"):
         page_attention("counted")
     monkeypatch.setitem(PAGE_ATTENTION, "counted", counted)
     layer = DMSCache(1, 3, 1, attend_with="counted").layers[0]

@@ -64,7 +64,7 @@ def test_padding_has_no_position():
 def test_generate_refuses_at_its_start():
     """Catches a run that breaks off at the limit with all it has generated, and a limit one too low."""
     model, ids_BT = small_model(), random_tokens(1, 20)
-    with pytest.raises(ValueError, match="come to 26 tokens .* has 24 positions"):
+    with pytest.raises(ValueError, match=r"come to 26 tokens .* has 24 positions"):
         model.generate(ids_BT, max_new_tokens=6)
     assert model.last_kv_stats is None
     assert model.generate(ids_BT, max_new_tokens=5, min_new_tokens=5).shape == (1, 25)

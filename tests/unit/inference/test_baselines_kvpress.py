@@ -100,7 +100,7 @@ def test_h2o(presses, states):
 
 def test_window(presses, states):
     """kvpress's ratio is the share of the prompt that goes: for k = 10 of 17 tokens it is 7 / 17."""
-    q_BHTD, k_BGTD, weight_BHTT = states
+    q_BHTD, k_BGTD, _weight_BHTT = states
     press = presses.window(compression_ratio=(7 - 1e-6) / T)
     theirs_BGT = press.score(None, None, k_BGTD, None, None, {})
     layer = layer_after(Window(2.0), q_BHTD, k_BGTD)

@@ -46,7 +46,7 @@ def test_a_cache_of_another_budget(model):
         model.generate(ids_BT, past_key_values=cache, max_new_tokens=4)
     model.policy = make_policy("tova", 4.0)
     with pytest.raises(
-        ValueError, match="this cache is one of TOVA.cr=2.0., the model's policy is TOVA.cr=4.0"
+        ValueError, match=r"this cache is one of TOVA.cr=2.0., the model's policy is TOVA.cr=4.0"
     ):
         model(ids_BT, past_key_values=cache)
     model.policy = make_policy("vanilla")
@@ -118,13 +118,13 @@ def test_a_missing_sliding_window_is_the_familys_default(tmp_path):
     config = json.loads(path.read_text())
     config.pop("sliding_window", None)
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="sliding_window of .* is 4096"):
+    with pytest.raises(ValueError, match=r"sliding_window of .* is 4096"):
         load_plain(tmp_path, "float32", "cpu")
 
 
 def test_damaged_checkpoints(tmp_path):
     """Catches weights that are random because they were missing, or left unused."""
-    with pytest.raises(ValueError, match="config.json: No such file"):
+    with pytest.raises(ValueError, match=r"config.json: No such file"):
         load_plain(tmp_path, "float32", "cpu")
     save_plain(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -137,7 +137,7 @@ def test_damaged_checkpoints(tmp_path):
     norm = "model.layers.1.self_attn.k_norm.weight"
     with pytest.raises(ValueError, match=f"1 missing keys, among them {norm}"):
         load_with({name: x for name, x in tensors.items() if name != norm})
-    with pytest.raises(ValueError, match="1 unexpected keys, among them model.layers.1.self_attn.extra"):
+    with pytest.raises(ValueError, match=r"1 unexpected keys, among them model.layers.1.self_attn.extra"):
         load_with(tensors | {"model.layers.1.self_attn.extra": torch.ones(2)})
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_with(tensors | {norm: torch.ones(3)})

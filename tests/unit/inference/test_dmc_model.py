@@ -205,7 +205,7 @@ def test_what_an_export_is_loaded_by(tmp_path: Path) -> None:
 )
 def test_settings_are_checked(change: dict) -> None:
     """Catches: a config.json of which a key would be ignored."""
-    with pytest.raises(ValueError, match="dms_method|dms_importance"):
+    with pytest.raises(ValueError, match=r"dms_method|dms_importance"):
         config_entries("qwen3", DMSSettings(**SETTINGS | change))
 
 

@@ -147,7 +147,7 @@ def test_triton_refuses_what_it_cannot_take() -> None:
     good = [torch.zeros(1, 2, 9, 16)] * 3 + [torch.zeros(1, 2, 9)]
     with pytest.raises(ValueError, match="q is on cpu, the triton back-end needs CUDA"):
         attend(*good, 3)
-    with pytest.raises(ValueError, match="q is torch.float64"):
+    with pytest.raises(ValueError, match=r"q is torch.float64"):
         attend(*(x.double() for x in good[:3]), good[3], 3)
     with pytest.raises(ValueError, match="head size 264"):
         attend(*[torch.zeros(1, 2, 9, 264)] * 3, good[3], 3)

@@ -72,7 +72,7 @@ def test_direction_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kl", DIRECTIONS.values())
-def test_equal_logits_lose_nothing(kl) -> None:  # noqa: ANN001
+def test_equal_logits_lose_nothing(kl) -> None:
     """Logits that differ by a constant lose nothing either. Catches: logits taken for log-probabilities."""
     student, _, grad = logits()
     student.requires_grad_()
@@ -82,14 +82,14 @@ def test_equal_logits_lose_nothing(kl) -> None:  # noqa: ANN001
 
 
 @pytest.mark.parametrize("kl", DIRECTIONS.values())
-def test_gradcheck(kl) -> None:  # noqa: ANN001
+def test_gradcheck(kl) -> None:
     """Uses finite differences. Catches: a closed form that agrees with a wrong reference."""
     student, teacher, _ = logits()
     assert torch.autograd.gradcheck(kl, (student[:1, :2, :9].clone().requires_grad_(), teacher[:1, :2, :9]))
 
 
 @pytest.mark.parametrize("kl", DIRECTIONS.values())
-def test_no_gradient_reaches_the_teacher(kl) -> None:  # noqa: ANN001
+def test_no_gradient_reaches_the_teacher(kl) -> None:
     """Catches: a teacher that is trained towards the student."""
     student, teacher, grad = logits()
     student.requires_grad_(), teacher.requires_grad_()

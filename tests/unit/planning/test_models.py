@@ -149,13 +149,13 @@ def test_weights_and_optimizer_are_those_of_megatron(name: str) -> None:
 )
 def test_bad_folders(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="config.json") as error:
+    with pytest.raises(ValueError, match=r"config.json") as error:
         of_folder(tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ValueError, match="model is 'gpt', expected one of llama-3.2-1b, .*, or --hf DIR"):
+    with pytest.raises(ValueError, match=r"model is 'gpt', expected one of llama-3.2-1b, .*, or --hf DIR"):
         preset("gpt")
-    with pytest.raises(ValueError, match="nowhere/config.json cannot be read"):
+    with pytest.raises(ValueError, match=r"nowhere/config.json cannot be read"):
         of_folder(Path("nowhere"))

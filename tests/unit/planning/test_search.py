@@ -78,7 +78,7 @@ def test_parts_of_a_layout_can_be_given() -> None:
     each = with_recompute(job, found.plans[0], DEVICE, ASSUMED)
     assert [plan.layout.recompute for plan in each] == list(RECOMPUTE)
     assert each[2].memory == found.plans[0].memory
-    with pytest.raises(ValueError, match="no layout of 16 ranks, tp 3 divides llama-3.1-8b"):
+    with pytest.raises(ValueError, match=r"no layout of 16 ranks, tp 3 divides llama-3.1-8b"):
         find_layouts(job, 16, DEVICE, ASSUMED, fixed={"tp": 3})
 
 

@@ -375,7 +375,7 @@ def test_the_command_itself(flags: str, start: str, folders: Folders, tmp_path: 
 @pytest.mark.slow
 def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
     """Catches: the same line from each of a thousand ranks."""
-    script = "import pretrain_dms; pretrain_dms.SILENT_RANKS_WAIT = 0; pretrain_dms.main()"
+    script = "from megatron_dms import pretrain; pretrain.SILENT_RANKS_WAIT = 0; pretrain.main()"
     done = run_python("-c", script, "--dms-window", "-1", env=NO_RANKS | {"RANK": "1", "LOCAL_RANK": "1"})
     assert done.status == 2 and done.error == "" and done.out == ""
 
