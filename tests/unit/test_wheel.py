@@ -92,7 +92,7 @@ def test_it_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
 
 
 def test_a_retrofit_starts_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    """Catches: an entry that only a clone has. The flag is wrong, so that the run ends before Megatron starts."""
+    """Catches: an entry that only a clone has. The flag is wrong, so the run ends before Megatron starts."""
     command = [sys.executable, "-m", "megatron_dms.pretrain", "--dms-window", "-1"]
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(
