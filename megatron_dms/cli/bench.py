@@ -1,4 +1,4 @@
-"""Measure, on this machine.
+"""Measure speed and memory on this machine.
 
     megatron-dms bench convert     both conversions against cp: seconds, GB/s, ratio, peak memory
     megatron-dms bench decode      a decode step of an exported model against transformers' dense cache
@@ -18,7 +18,6 @@ interrupted: 130.
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -283,7 +282,3 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         say("interrupted; nothing was left behind")
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

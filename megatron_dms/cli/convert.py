@@ -10,7 +10,6 @@ verify: 1 if the two differ.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,7 +170,3 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     }
     print(json.dumps(result))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Evaluate exported DMS checkpoints.
+"""Measure what exported DMS checkpoints and training-free methods cost, and how accurate they are.
 
     megatron-dms evaluate cost    measure what an exported checkpoint's answers to a file of prompts cost
     megatron-dms evaluate run     compare methods at budgets W-L-CR: accuracy against cost, table, report
@@ -13,7 +13,6 @@ interrupted command ends with status 130.
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,7 +238,3 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         say(f"interrupted; {kept}")
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

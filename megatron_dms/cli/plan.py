@@ -12,7 +12,6 @@ line `error: ...` on stderr, exit status 2; interrupted: 130.
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 
 from megatron_dms.cli.plan_options import assumptions, make_parser
@@ -181,7 +180,3 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         say("interrupted; nothing was left behind")
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,6 @@ table of nodes and checks, and a line of JSON. Exit status: 0 all checks passed 
 """
 
 import os
-import sys
 
 from megatron_dms.command_line import Parser, require_positive, say_error, split_at_dashes, tool_parser
 
@@ -80,7 +79,3 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
         return run.run()
     except ValueError as error:
         return say_error(error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -87,7 +87,3 @@ def _run(options: argparse.Namespace) -> int:
     seconds = round(time.monotonic() - start, 3)
     print(json.dumps(asdict(summary) | {"seconds": seconds, "output_prefix": options.output_prefix}))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ bad input.
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,7 +93,3 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     found["resumes"] = len(found.pop("resumed"))
     print(json.dumps({"equal": equal, "tensors": tensors, "different": different[:_SHOWN], **found}))
     return 0 if equal else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""Measuring exported checkpoints: what they are asked, what they cost."""
+"""Ask exported checkpoints and baselines problems, grade the answers, and measure what they cost."""

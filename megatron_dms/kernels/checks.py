@@ -1,4 +1,4 @@
-"""The checks of every back-end before it launches anything."""
+"""What every back-end checks before it launches a kernel."""
 
 import torch
 from torch import Tensor

@@ -67,7 +67,7 @@ class ModelSize:
     def predictor_parameters(self, tp: int = 1) -> int:
         """Return the parameters of one layer's linear predictor on one tensor-parallel rank.
 
-        These are G x hidden + hidden (DMS.md), and a bias if the attention of the model has biases. A
+        These are G x hidden + hidden (mcore/predictor.py), and a bias if the attention of the model has biases. A
         borrowed channel has no parameters.
         """
         divided = self.groups * self.hidden + (self.groups if self.qkv_bias else 0)
@@ -116,7 +116,7 @@ PRESETS: Mapping[str, ModelSize] = {
         ),
     )
 }
-"""Sizes of the public config.json files; context and batch are those of the paper's settings (DMS.md, 5)."""
+"""Sizes of the public config.json files; context and batch are the paper's settings (arXiv 2506.05345)."""
 QWEN3_SMALL = ModelSize("qwen3-0.6b", 28, 1024, 3072, 16, 8, 128, 151936, 131072, tied=True, qk_norm=True)
 TOY = ModelSize("tiny", 2, 64, 96, 4, 2, 16, 131, 131072, tied=True)
 """Sizes of models that are measured (benchmarks/synthetic_models.py) and are no presets."""

@@ -18,7 +18,7 @@ def live_pairs(tokens: float, cr: float, window: int) -> float:
     """Return how many pairs a KV head holds after so many tokens, if it evicts 1 - 1 / CR of them.
 
     It holds all pairs within the window (window + 1 with the token itself), and one in CR of the older pairs
-    (DMS.md, section 4).
+    .
     """
     inside = min(tokens, window + 1)
     return inside + (tokens - inside) / cr

@@ -1,4 +1,4 @@
-"""A watchdog thread in every rank: no run hangs for longer than its limits, and none ends without a name.
+"""A watchdog thread in every rank: it ends a run that hangs, and names the rank to blame.
 
 The main thread only notes where it is (phase, step, microbatch). The watchdog's thread publishes that note
 every few seconds through a store client of its own, which works even if the main thread is stuck in a

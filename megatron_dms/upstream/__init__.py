@@ -1,8 +1,8 @@
-"""Every touch of a private or replaced name of Megatron, modelopt, transformers or torch stands in this room.
+"""All uses of private names of Megatron, modelopt, transformers and torch, and all that we replace there.
 
 Each module has our signature on one side and the library's name on the other; nothing else of ours reaches
 for such a name. `hf/` alone is an exception, because an exported checkpoint carries it without this package.
-tests/unit/upstream/test_touched_names.py lists every touched name with the signature that we rely on: the day
+tests/support/touched_names.py lists every touched name with the signature that we rely on: the day
 of a new release begins with that list.
 
     cpu                    Megatron on a machine without a CUDA device
@@ -13,7 +13,10 @@ of a new release begins with that list.
     megatron_optimizer     the optimizer, which Megatron hands out nowhere
     megatron_rope          frequencies and attention factor of a built model
     modelopt_distillation  student and teacher as one model
+    torch_flash_attention  torch's flash attention, forward and backward
+    torch_operators        operators of torch that are defined in C++
     torch_checkpoint       torch's distributed checkpoints, read and written without a process group
+    transformers_models    classes of transformers' models by model type
     transformers_chat      chat templates, rendered with the spans of the assistant's turns
 """
 

@@ -1,4 +1,4 @@
-"""The optimizer, which Megatron hands out nowhere."""
+"""Get the optimizer of a run; Megatron offers no way to."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Find the rows of a dataset: in a file, in a folder, or on the hub.
 
-A folder is laid out as `huggingface-cli download --local-dir` writes it.
+A folder is laid out as `hf download --local-dir` writes it.
 """
 
 import re
@@ -61,7 +61,7 @@ def unreachable(repository: str, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:200]
     return ValueError(
         f"{repository} cannot be loaded from the hub ({type(error).__name__}: {reason}); download it with "
-        f"`huggingface-cli download --repo-type dataset {repository} --local-dir FOLDER` and give FOLDER"
+        f"`hf download --repo-type dataset {repository} --local-dir FOLDER` and give FOLDER"
     )
 
 

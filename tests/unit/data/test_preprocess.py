@@ -285,8 +285,10 @@ def in_the_middle(tokenizer_dir: str, tmp_path: Path) -> tuple[subprocess.Popen[
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(source)]
     command += ["--tokenizer", tokenizer_dir, "--output-prefix", str(out / "data"), "--workers", "2"]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell's background job ignores Ctrl-C, and hands that on to its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not any(written.stat().st_size for written in out.glob(".data.*/data.bin")):
         assert process.poll() is None and time.monotonic() < deadline

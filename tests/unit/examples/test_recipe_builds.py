@@ -146,7 +146,7 @@ def expected_shapes(recipe: Recipe, stage: int) -> dict[str, tuple[tuple[int, ..
 
 
 def with_predictor(recipe: Recipe, shapes: dict) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Add the predictor (DMS.md): G x hidden, a bias where the queries have one, and a norm of its own."""
+    """Add the predictor: G x hidden, a bias where the queries have one, and a norm of its own."""
     config = json.loads((EXAMPLES / recipe.model.folder / "config.json").read_text())
     groups, hidden = config["num_key_value_heads"], config["hidden_size"]
     assert groups % recipe.layout.tp == 0
@@ -264,7 +264,7 @@ def test_a_wrong_number_of_bytes_is_seen(built: dict[str, list]) -> None:
 
 @every_recipe
 def test_settings(built: dict[str, list], name: str) -> None:
-    """Compares the flags, as Megatron understood them, with DMS.md, section 5; those of the adapter are
+    """Compares the flags, as Megatron understood them, with the paper's settings; those of the adapter are
     for one node. Catches: a setting mistyped, and a checkpoint of CR 4 or 8 that is never saved."""
     recipe, said = RECIPES[name], built[name][0]["args"]
     size = preset(recipe.model.preset)

@@ -14,7 +14,7 @@ from megatron_dms.errors import StartupError
 from megatron_dms.training.startup import parse_dms_flags
 from tests.support.tools import ROOT, run_python
 
-VOCAB, POSITIONS, HEADS, GROUPS, LAYERS = 131, 64, 4, 2, 4  # of tests/parallel/retrofit.py
+VOCAB, POSITIONS, HEADS, GROUPS, LAYERS = 131, 64, 4, 2, 4  # of tests/support/retrofit.py
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
