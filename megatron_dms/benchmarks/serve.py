@@ -1,8 +1,8 @@
 """What a smaller cache buys a server (the paper's Figure 4): decode steps by context and batch, and the
 largest batch in a budget of memory, DMS against transformers' dense cache in one process.
 
-Models have random weights, caches are filled without a prompt (synthetic_models.py): one sequence is, and repeated.
-Both sides run step by step, no CUDA graph; DMS attends with the Triton kernel on CUDA, plain torch elsewhere.
+Models have random weights. Caches are filled without a prompt (synthetic_models.py): one sequence is filled,
+and repeated. Both sides run step by step, no CUDA graph; DMS attends with the Triton kernel on CUDA, plain torch elsewhere.
 
 Shapes: B sequences.
 """
