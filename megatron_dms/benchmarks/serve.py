@@ -2,7 +2,8 @@
 largest batch in a budget of memory, DMS against transformers' dense cache in one process.
 
 Models have random weights. Caches are filled without a prompt (synthetic_models.py): one sequence is filled,
-and repeated. Both sides run step by step, no CUDA graph; DMS attends with the Triton kernel on CUDA, plain torch elsewhere.
+and repeated. Both sides run step by step, without a CUDA graph. DMS attends with the Triton kernel on CUDA,
+and with plain torch elsewhere.
 
 Shapes: B sequences.
 """

@@ -67,8 +67,8 @@ class ModelSize:
     def predictor_parameters(self, tp: int = 1) -> int:
         """Return the parameters of one layer's linear predictor on one tensor-parallel rank.
 
-        These are G x hidden + hidden (mcore/predictor.py), and a bias if the attention of the model has biases.
-        A borrowed channel has no parameters.
+        These are G x hidden + hidden (mcore/predictor.py), and a bias if the model's attention has biases. A
+        borrowed channel has no parameters.
         """
         divided = self.groups * self.hidden + (self.groups if self.qkv_bias else 0)
         return divided // tp + self.hidden
