@@ -252,8 +252,14 @@ def test_hidden_folders_are_left_out(copies: Path, tmp_path: Path) -> None:
 
 
 def _as_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = Chunk.sizes.fget  # what is described and what is written
-    monkeypatch.setattr(Chunk, "sizes", property(lambda self: sizes(replace(self, shape=self.shape[::-1]))))
+    def turned(chunk: Chunk) -> Chunk:
+        return replace(chunk, shape=chunk.shape[::-1])
+
+    item, put = Chunk.write_item, torch_dist._write_tensor  # what is described, and what is written
+    monkeypatch.setattr(Chunk, "write_item", lambda self: item(turned(self)))
+    monkeypatch.setattr(
+        torch_dist, "_write_tensor", lambda file, chunk, sizes: put(file, chunk, turned(chunk).sizes)
+    )
 
 
 def _misplaced(monkeypatch: pytest.MonkeyPatch) -> None:
