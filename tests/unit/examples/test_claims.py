@@ -150,8 +150,7 @@ def test_committed_results_are_of_todays_claims() -> None:
     """Catches a claim without results, results whose seeds or trials are others now, a picture that is
     missing."""
     folder = Path(script("claims").__file__).parent / "results"
-    missing = set(RESULTS) - {path.stem for path in folder.glob("*.json")}
-    assert missing <= {"long"}  # hours of training, still running
+    assert {path.stem for path in folder.glob("*.json")} == set(RESULTS)
     for path in folder.glob("*.json"):
         result = json.loads(path.read_text())
         assert path.with_suffix(".png").exists()
