@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.forking import ForkServer
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
+os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny: a second thread only waits
 
 
 def pytest_configure(config: pytest.Config) -> None:

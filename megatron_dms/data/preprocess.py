@@ -13,6 +13,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -122,8 +123,10 @@ def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | N
             )
         _publish(folder, target)
     finally:
-        encoded.close()  # ends the workers
-        shutil.rmtree(folder)
+        try:
+            encoded.close()  # ends the workers
+        finally:
+            shutil.rmtree(folder)
     return summary
 
 
@@ -152,8 +155,10 @@ def _encode_in_workers(
     """
     # Not "fork": a forked child would inherit the locks of the parent's threads (the tokenizer's, torch's).
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (encoder,))
     waiting: deque[tuple[list[Line], Future[Documents]]] = deque()
+    finished = False
     try:
         for chunk in chunks:
             if len(waiting) == workers * _CHUNKS_AHEAD:
@@ -163,15 +168,23 @@ def _encode_in_workers(
         while waiting:
             yield waiting[0][1].result()
             waiting.popleft()
+        finished = True
     except BrokenProcessPool as error:
-        first, last = waiting[0][0][0], waiting[-1][0][-1]
-        raise DataError(
-            f"{first.file}:{first.number}: found a dead worker process while encoding up to "
-            f"{last.file}:{last.number}, expected it to answer; "
-            "its own message is above, or memory ran out: use fewer --workers"
-        ) from error
+        raise _died(waiting[0][0][0], waiting[-1][0][-1]) from error
     finally:
+        if not finished:  # a shutdown waits for the chunks under way, and for a worker that hangs
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def _died(first: Line, last: Line) -> DataError:
+    """Return the error of a worker that gave no documents for these lines."""
+    return DataError(
+        f"{first.file}:{first.number}: found a dead worker process while encoding up to "
+        f"{last.file}:{last.number}, expected it to answer; "
+        "its own message is above, or memory ran out: use fewer --workers"
+    )
 
 
 _encoder: DocumentEncoder | None = None
@@ -189,7 +202,13 @@ def _begin_worker(encoder: DocumentEncoder) -> None:
 def _encode_in_worker(chunk: list[Line]) -> Documents:
     if _encoder is None:
         raise RuntimeError("the worker process has no encoder")
-    return _encode_chunk(_encoder, chunk)
+    try:
+        return _encode_chunk(_encoder, chunk)
+    except DataError:
+        raise
+    except Exception as error:  # a fault of the tokenizer, say
+        traceback.print_exc()
+        raise _died(chunk[0], chunk[-1]) from error
 
 
 def _write(

@@ -108,7 +108,7 @@ class DMSCache(Cache):
 
     def refuse_other_batch(self, B: int) -> None:
         """Raises ValueError if the cache holds another number of sequences."""
-        if len(self._seen_B) not in (0, B):
+        if (self.columns or len(self._seen_B)) and len(self._seen_B) != B:
             raise ValueError(f"this DMS cache holds {len(self._seen_B)} sequences, the input has {B}")
 
     def give_up(self) -> None:

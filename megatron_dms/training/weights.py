@@ -17,6 +17,7 @@ from megatron_dms.conversion.hf_weights import load_hf_weights
 from megatron_dms.errors import CheckpointError
 from megatron_dms.files import staged_folder
 from megatron_dms.formats.megatron_folder import HF, open_checkpoint
+from megatron_dms.formats.torch_dist import Reader
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -71,11 +72,16 @@ class MegatronWeights(Weights):
         self.folder = folder
         reader, self.args = open_checkpoint(folder, iteration)
         self.iteration_folder = reader.folder
+        self.iteration = iteration or self._said_iteration(reader)
+        self.tokenizer_folder = folder / HF
+
+    @staticmethod
+    def _said_iteration(reader: Reader) -> int:
+        """Return the iteration that a checkpoint says it was saved at; 0 if it says none."""
         said = reader.common().get("iteration", 0)
         if not isinstance(said, int):
             raise CheckpointError(f"{reader.folder} says iteration {said!r}, expected a number")
-        self.iteration = iteration or said
-        self.tokenizer_folder = folder / HF
+        return said
 
     def load(self, models: "list[GPTModel]") -> None:
         """See Weights.

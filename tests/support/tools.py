@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TextIO
 from megatron_dms import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
 class Done(NamedTuple):
@@ -57,7 +57,10 @@ def run_tool(
         cwd: The folder to run in (default: the one of this process).
         env: Environment variables to set in addition to those of this process; None removes one.
         process: Start an interpreter, instead of calling the tool's main here.
-        timeout: Seconds that an interpreter may take. A call in this process has no limit.
+        timeout: Seconds that the tool may take.
+
+    Raises:
+        TimeoutError, subprocess.TimeoutExpired: The tool took longer, here or in a process of its own.
 
     An exception that the tool lets through is raised here, unless it ran in a process of its own.
     """
@@ -67,6 +70,7 @@ def run_tool(
     with ExitStack() as undo:
         undo.enter_context(_process_state())
         out, error = undo.enter_context(_captured())
+        undo.enter_context(_time_limit(name, timeout))
         sys.argv = [name, *map(str, words)]
         environment = _changed(os.environ, env)
         os.environ.clear()
@@ -128,10 +132,62 @@ def _captured() -> Iterator[tuple[TextIO, TextIO]]:
             undo.callback(os.close, kept)
             undo.callback(os.dup2, kept, number)
             os.dup2(file.fileno(), number)
-            undo.callback(setattr, sys, name, getattr(sys, name))
+            before = getattr(sys, name)
+            undo.callback(setattr, sys, name, before)
             setattr(sys, name, file)
+            for handler in _handlers_of(before, getattr(sys, f"__{name}__")):
+                undo.callback(handler.setStream, handler.stream)
+                handler.setStream(file)
             files.append(file)
+        undo.enter_context(warnings.catch_warnings())
+        _warn_as_an_interpreter(files[1])
         yield files[0], files[1]
+
+
+def _handlers_of(*streams: TextIO | None) -> list[logging.StreamHandler]:
+    """Return the log handlers that write to one of these streams, whichever library made them."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", [])]
+    return [
+        handler
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream in streams
+    ]
+
+
+def _warn_as_an_interpreter(stream: TextIO) -> None:
+    """Show warnings on a stream, and those only that an interpreter shows without options."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        stream.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    warnings.showwarning = show
+    warnings.resetwarnings()
+    warnings.simplefilter("default")
+    for hidden in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", hidden)
+
+
+@contextmanager
+def _time_limit(name: str, seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the tool that is called here, after some seconds."""
+
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"{name} has not ended after {seconds:g} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _written(file: TextIO) -> str:

@@ -247,6 +247,8 @@ def test_the_inference_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(block, f"docs/inference.md: {block}", "exec"), names)
     assert len(blocks) >= 8 and names["stats"].achieved_cr > 1.5
 
-    known = run_tool("evaluate", "cost", "--help").out
+    done = run_tool("evaluate", "cost", "--help")
+    assert done.status == 0, done.error
+    known = done.out
     (used,) = re.findall(r"^python tools/evaluate.py cost (.*?[^\\])\n", page, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"--[a-z-]+", used)) <= set(re.findall(r"--[a-z-]+", known))

@@ -13,7 +13,7 @@ from megatron_dms.conversion.families import Model
 from megatron_dms.conversion.parity.outputs import LOGIT_TOLERANCE, Agreement
 from megatron_dms.conversion.parity.prompts import NotCompared
 from megatron_dms.errors import CheckpointError
-from megatron_dms.files import partial_path, write_durably
+from megatron_dms.files import partial_path
 from megatron_dms.formats.megatron_folder import RELEASE
 
 _PACKAGES = ("torch", "transformers", "megatron-core")
@@ -153,8 +153,9 @@ class ParityCard:
         return [*cells, "passed" if found.passed else "FAILED"]
 
     def write(self, path: Path) -> None:
-        """Write `path` (.json) and its sibling .md; readers see the old content or the new. Raises
-        CheckpointError.
+        """Write `path` (.json) and its sibling .md, each whole or not at all.
+
+        Neither file takes its place before both are written. Raises CheckpointError.
         """
         contents = {
             path: json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n",
@@ -162,9 +163,14 @@ class ParityCard:
         }
         try:
             for target, text in contents.items():
-                write_durably(target, text)
+                partial_path(target).write_text(text, encoding="utf-8")
+            for target in contents:
+                partial_path(target).replace(target)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            for target in contents:
+                partial_path(target).unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

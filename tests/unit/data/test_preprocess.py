@@ -341,6 +341,20 @@ def test_a_dead_worker_is_named(tokenizer_dir: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_fault_in_a_worker_names_its_lines(tokenizer_dir: str, tmp_path: Path) -> None:
+    """A template that fails with no error of its own. Catches: a traceback in place of the line, and
+    the words of a worker lost."""
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ 1 + messages[0]['content'] }}")
+    chat = line(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    source = write_lines(tmp_path / "in.jsonl", *[chat] * 3)
+    words = ["--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out" / "data"]
+    done = run_tool("preprocess", *words, "--chat-template", template, "--workers", 2, process=True)
+    assert done.status == 2 and done.errors[-1].startswith(f"error: {source}:1: found a dead worker process")
+    assert "TypeError" in done.error and not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
 def test_workers_end_with_a_tool_that_is_killed(tokenizer_dir: str, tmp_path: Path) -> None:
     """kill -9 of the tool alone. Catches: workers that wait for chunks for ever."""
     process, _ = in_the_middle(tokenizer_dir, tmp_path)

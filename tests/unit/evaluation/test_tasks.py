@@ -19,6 +19,7 @@ def test_the_names_come_without_the_tasks() -> None:
         "print(len(t.TASKS), [n for n in heavy if n in sys.modules], 'math_verify' in sys.modules)"
     )
     done = run_python("-c", code)
+    assert done.status == 0, done.error
     assert done.out.split("\n")[0] == f"{len(TASKS)} [] False"
 
 

@@ -15,5 +15,7 @@ def test_it_is_the_one_asked_for(tmp_path: Path) -> None:
     the first one's transformers, because the folder of the other is empty, comes second, or has a relative
     path."""
     (wanted,) = [line.strip() for line in PINS.read_text().splitlines() if line.startswith("transformers==")]
-    there = run_python("-c", "import transformers; print(transformers.__version__)", cwd=tmp_path).out.strip()
+    done = run_python("-c", "import transformers; print(transformers.__version__)", cwd=tmp_path)
+    assert done.status == 0, done.error
+    there = done.out.strip()
     assert {f"transformers=={transformers.__version__}", f"transformers=={there}"} == {wanted}

@@ -221,7 +221,9 @@ def test_the_names_come_without_torch():
         "import sys; from megatron_dms.inference.baselines import METHODS; "
         "print(*METHODS, 'torch' in sys.modules)"
     )
-    assert run_python("-c", code).out.split() == ["vanilla", "tova", "h2o", "quest", "window", "False"]
+    done = run_python("-c", code)
+    assert done.status == 0, done.error
+    assert done.out.split() == ["vanilla", "tova", "h2o", "quest", "window", "False"]
 
 
 def test_the_state_is_all_there_is():

@@ -45,11 +45,21 @@ def test_figures_are_those_of_the_documents() -> None:
 
 
 def test_shapes_are_those_of_the_benchmarks() -> None:
+    """Catches: a wrong vocabulary, hidden or feed-forward size, number of layers or heads, or head size."""
     from megatron_dms.benchmarks.synthetic_models import SHAPES, WINDOW
 
     assert WINDOW == calibration.DECODE_WINDOW
     for size in (calibration.TOY, calibration.QWEN3_SMALL, calibration._SHAPES["Llama 3.2 1B"]):
         assert SHAPES[size.name] == size
+    known = {
+        "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 64),
+        "qwen3-0.6b": (151936, 1024, 3072, 28, 16, 8, 128),
+        "tiny": (131, 64, 96, 2, 4, 2, 16),
+    }
+    assert {
+        name: (s.vocab, s.hidden, s.ffn, s.layers, s.heads, s.groups, s.head_size)
+        for name, s in SHAPES.items()
+    } == known
 
 
 def test_published_runs_are_those_of_the_authors() -> None:

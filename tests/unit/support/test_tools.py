@@ -49,6 +49,23 @@ def script(folder: Path, end: str = "return None") -> str:
     return str(path)
 
 
+WARNS = """
+import logging, warnings
+
+def main():
+    warnings.warn("a warning")
+    warnings.warn("hidden", DeprecationWarning)
+    logging.getLogger("of a library").warning("a log line")
+"""
+
+
+def tool(folder: Path, text: str) -> str:
+    """Write a script; return its path."""
+    path = folder / "tool.py"
+    path.write_text(text)
+    return str(path)
+
+
 def state() -> dict[str, object]:
     return {
         "argv": sys.argv[:],
@@ -120,3 +137,22 @@ def test_a_tool_is_found_by_its_name() -> None:
         done = run_tool("plan", "train", "--model", "qwen4", process=process)
         assert done.status == 2 and done.out == "" and len(done.errors) == 1
         assert done.error.startswith("error: ") and "'qwen4'" in done.error
+
+
+def test_warnings_and_logs_are_captured(tmp_path: Path) -> None:
+    """Catches: a warning, or a line of an older log handler, that goes past the tool's stderr."""
+    logger = logging.getLogger("of a library")
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    try:
+        done = run_tool(tool(tmp_path, WARNS))
+    finally:
+        logger.removeHandler(handler)
+    assert "UserWarning: a warning" in done.error and "a log line" in done.error and done.status == 0
+    assert "hidden" not in done.error
+
+
+def test_a_tool_that_hangs_is_ended(tmp_path: Path) -> None:
+    """Catches: a tool that stops the whole suite."""
+    with pytest.raises(TimeoutError, match=r"has not ended after 0\.2 s"):
+        run_tool(tool(tmp_path, "import time\ndef main():\n    time.sleep(60)\n"), timeout=0.2)
