@@ -10,7 +10,9 @@ setup(
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.6",
         "numpy",
-        "transformers>=4.57",
+        # 5.24 hands the cache to attention under another name, and the tests of exported models fail there;
+        # they pass on 4.57 and 5.23.
+        "transformers>=4.57,<5.24",
         "nvidia-modelopt>=0.47",
         "safetensors",
         "wandb",
