@@ -87,7 +87,7 @@ def test_a_rank_finds_what_torchrun_sets(fork_server: ForkServer, tmp_path: Path
         assert ours.keys() - theirs.keys() <= SET_BY_IMPORTS
 
 
-SET_BY_IMPORTS = {"TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS"}
+SET_BY_IMPORTS = {"TORCHDYNAMO_DISABLE", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCHINDUCTOR_CACHE_DIR"}
 
 
 def rank_of(description: dict) -> str:
