@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from tests.support.tiny_dms_models import draw_weights
+
 LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE, VOCAB = 2, 6, 2, 8, 61
 GROUP = QUERY_HEADS // KV_HEADS
 
@@ -38,13 +40,7 @@ def save_plain(folder: Path, family: str = "qwen3", seed: int = 0, **changes: ob
     if family == "qwen2":  # takes no head_dim
         sizes |= {"hidden_size": QUERY_HEADS * HEAD_SIZE}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**(sizes | sliding | changes)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 or name.endswith("bias"):
-                parameter.normal_(0.0, 0.3, generator=generator)
-            else:
-                parameter.uniform_(0.5, 1.5, generator=generator)
+    draw_weights(model, seed)
     model.save_pretrained(folder)
     return folder
 

@@ -49,10 +49,8 @@ def tiny_config(
     return CONFIG_MAPPING[family](**(sizes | family_changes | entries | changes))
 
 
-def tiny_model(family: str = "qwen3", seed: int = 0, **settings: object) -> PreTrainedModel:
-    """Return a random model in fp32 whose attention is far from uniform and whose norms are not 1."""
-    config = tiny_config(family, **settings)
-    model = getattr(modeling_dms, MODEL_CLASSES[family])(config).eval()
+def draw_weights(model: PreTrainedModel, seed: int) -> None:
+    """Draw weights with which attention is far from uniform and no norm is 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,6 +58,13 @@ def tiny_model(family: str = "qwen3", seed: int = 0, **settings: object) -> PreT
                 parameter.normal_(0.0, 0.3, generator=generator)
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+
+
+def tiny_model(family: str = "qwen3", seed: int = 0, **settings: object) -> PreTrainedModel:
+    """Return a random model in fp32 whose attention is far from uniform and whose norms are not 1."""
+    config = tiny_config(family, **settings)
+    model = getattr(modeling_dms, MODEL_CLASSES[family])(config).eval()
+    draw_weights(model, seed)
     return model
 
 
