@@ -11,7 +11,7 @@ TRANSFORMERS_4 = build/transformers-4
 TRANSFORMERS_4_PINS = tests/transformers-4.txt
 TRANSFORMERS_4_TESTS = tests/unit/hf \
 	tests/unit/inference/test_baselines.py tests/unit/inference/test_baselines_kvpress.py \
-	tests/unit/evaluation/test_cost.py tests/unit/test_docs.py::test_the_inference_page_runs \
+	tests/unit/evaluation/test_generation_cost.py tests/unit/test_docs.py::test_the_inference_page_runs \
 	tests/e2e/test_inference_tools.py::test_pipeline_and_streaming \
 	tests/unit/conversion/test_dms_formats.py::test_an_export_in_both_config_formats_runs
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -107,13 +108,6 @@ def seed(text: str) -> int:
     return int(text)
 
 
-def require_positive(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
-    """Exit with an error for the first of these options that is not above 0."""
-    for name in names:
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected > 0")
-
-
 def say(line: str) -> None:
     """Print a line on stderr, and flush it."""
     print(line, file=sys.stderr, flush=True)
@@ -123,3 +117,18 @@ def say_error(error: Exception) -> int:
     """Print an error in one line on stderr; return the exit status of bad input."""
     say(f"error: {' '.join(str(error).split())}")
     return 2
+
+
+def exit_status(work: Callable[[], int | None], kept: str = "nothing was left behind") -> int:
+    """Run the work of a tool and return the exit status: the work's own (None: 0), 2 for bad input, 130 for
+    Ctrl-C.
+
+    kept: what Ctrl-C leaves of the work, for the line that is printed then.
+    """
+    try:
+        return work() or 0
+    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
+        return say_error(error)
+    except KeyboardInterrupt:
+        say(f"interrupted; {kept}")
+        return 130

@@ -31,7 +31,7 @@ from megatron_dms.cli.bench_options import (
     Option,
     make_parser,
 )
-from megatron_dms.command_line import say, say_error, tool_parser
+from megatron_dms.command_line import exit_status, say, tool_parser
 from megatron_dms.text_table import text_table
 
 if TYPE_CHECKING:
@@ -274,11 +274,4 @@ COMMANDS = {
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one command; the return value is the exit status."""
     options = make_parser(tool_parser(__doc__, PROGRAM, program)).parse_args(argv)
-    try:
-        COMMANDS[options.command](options)
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        return say_error(error)
-    except KeyboardInterrupt:
-        say("interrupted; nothing was left behind")
-        return 130
-    return 0
+    return exit_status(lambda: COMMANDS[options.command](options))

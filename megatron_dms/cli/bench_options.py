@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_dms.command_line import Parser
+from megatron_dms.command_line import Parser, at_least_one, count, positive, whole
 
 
 class Option(NamedTuple):
@@ -21,20 +21,22 @@ class Option(NamedTuple):
     help: str
 
 
-REPEATS = Option("repeats", int, 5, 20, "rounds in which the candidates take turns")
+REPEATS = Option("repeats", count, 5, 20, "rounds in which the candidates take turns")
 DTYPE = Option("dtype", str, "float32", "bfloat16", "float32, bfloat16 or (attention) float16")
-WINDOW = Option("window", int, 64, 512, "window of DMS in tokens")
+WINDOW = Option("window", whole, 64, 512, "window of DMS in tokens")
 SHAPE = [
-    Option("batch", int, 1, 1, "samples"),
-    Option("heads", int, 8, 32, "query heads"),
-    Option("groups", int, 2, 8, "KV heads"),
-    Option("head-size", int, 64, 128, "channels of a head"),
+    Option("batch", count, 1, 1, "samples"),
+    Option("heads", count, 8, 32, "query heads"),
+    Option("groups", count, 2, 8, "KV heads"),
+    Option("head-size", count, 64, 128, "channels of a head"),
     WINDOW,
-    Option("cr", float, [1.0, 4.0], [1.0, 4.0, 8.0], "compression ratios at which decisions are drawn"),
+    Option(
+        "cr", at_least_one, [1.0, 4.0], [1.0, 4.0, 8.0], "compression ratios at which decisions are drawn"
+    ),
 ]
 ATTENTION = [
     *SHAPE,
-    Option("contexts", int, [512], [4096, 8192, 32768], "context lengths in tokens"),
+    Option("contexts", count, [512], [4096, 8192, 32768], "context lengths in tokens"),
     Option(
         "backends",
         str,
@@ -46,18 +48,18 @@ ATTENTION = [
     REPEATS,
 ]
 LOSS = [
-    Option("tokens", int, 256, 8192, "rows of logits"),
-    Option("columns", int, 151936, 151936, "size of the vocabulary"),
-    Option("hidden", int, 64, 4096, "hidden size for the losses with output projection"),
-    Option("steps", int, 0, 200, "also run each loss this often and report growth of memory; 0: do not"),
+    Option("tokens", count, 256, 8192, "rows of logits"),
+    Option("columns", count, 151936, 151936, "size of the vocabulary"),
+    Option("hidden", count, 64, 4096, "hidden size for the losses with output projection"),
+    Option("steps", whole, 0, 200, "also run each loss this often and report growth of memory; 0: do not"),
     DTYPE,
     REPEATS,
 ]
 STEP = [
     Option("model", str, "tiny", "llama-3.2-1b", "tiny or llama-3.2-1b"),
-    Option("contexts", int, [512], [4096], "context lengths in tokens"),
-    Option("batch", int, 1, 1, "samples of a step"),
-    Option("cr", float, 8.0, 8.0, "compression ratio of the decisions"),
+    Option("contexts", count, [512], [4096], "context lengths in tokens"),
+    Option("batch", count, 1, 1, "samples of a step"),
+    Option("cr", at_least_one, 8.0, 8.0, "compression ratio of the decisions"),
     WINDOW,
     Option("backends", str, ["dense", "flash"], ["triton", "flash", "flex"], "back-ends of DMS attention"),
     DTYPE,
@@ -65,10 +67,10 @@ STEP = [
 ]
 SERVE = [
     Option("shape", str, "tiny", "llama-3.2-1b", "llama-3.2-1b, qwen3-0.6b or tiny"),
-    Option("contexts", int, [1024, 4096], [4096, 8192, 16384, 32768, 65536], "context lengths in tokens"),
-    Option("batches", int, [1, 4], [1, 8, 32], "sequences of a step, for latency and bytes of a sequence"),
-    Option("cr", float, [8.0], [4.0, 8.0], "compression ratios of the DMS caches"),
-    Option("max-batch", int, 16, None, "the most sequences at which throughput is measured"),
+    Option("contexts", count, [1024, 4096], [4096, 8192, 16384, 32768, 65536], "context lengths in tokens"),
+    Option("batches", count, [1, 4], [1, 8, 32], "sequences of a step, for latency and bytes of a sequence"),
+    Option("cr", at_least_one, [8.0], [4.0, 8.0], "compression ratios of the DMS caches"),
+    Option("max-batch", count, 16, None, "the most sequences at which throughput is measured"),
     DTYPE,
     REPEATS,
 ]
@@ -84,7 +86,7 @@ def make_parser(parser: Parser) -> Parser:
     convert = commands.add_parser("convert", help=text, description=text)
     convert.add_argument(
         "--gigabytes",
-        type=float,
+        type=positive,
         default=4.0,
         metavar="N",
         help="least size of the checkpoint in 10^9 bytes (default: 4; one layer: 2.5)",
@@ -97,7 +99,7 @@ def make_parser(parser: Parser) -> Parser:
         help="existing folder on the disk to measure; nothing is left there (default: %(default)s)",
     )
     convert.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="rounds, whose median counts (default: 3)"
+        "--repeats", type=count, default=3, metavar="N", help="rounds, whose median counts (default: 3)"
     )
     text = "decode with the paged DMS cache and DynamicCache: random weights, decisions forced to a ratio"
     decode = commands.add_parser("decode", help=text, description=text)
@@ -106,17 +108,19 @@ def make_parser(parser: Parser) -> Parser:
     )
     decode.add_argument(
         "--contexts",
-        type=int,
+        type=count,
         nargs="+",
         default=[4096, 32768],
         metavar="N",
         help="context lengths in tokens (default: 4096 32768)",
     )
-    decode.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
-    decode.add_argument("--cr", type=float, default=8.0, metavar="X", help="compression ratio (default: 8)")
+    decode.add_argument("--batch", type=count, default=1, metavar="N", help="sequences (default: 1)")
+    decode.add_argument(
+        "--cr", type=at_least_one, default=8.0, metavar="X", help="compression ratio (default: 8)"
+    )
     decode.add_argument(
         "--steps",
-        type=int,
+        type=count,
         default=9,
         metavar="N",
         help="tokens to decode; the median of their times counts (default: 9)",
@@ -129,7 +133,7 @@ def make_parser(parser: Parser) -> Parser:
     _add(serve, SERVE)
     serve.add_argument(
         "--memory",
-        type=float,
+        type=positive,
         metavar="GB",
         help="10^9 bytes for weights, caches and a step (default: the GPU's free memory; else required)",
     )

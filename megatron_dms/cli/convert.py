@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dms.command_line import Parser, say, say_error, tool_parser
+from megatron_dms.command_line import Parser, count, exit_status, say, tool_parser
 from megatron_dms.conversion_options import CARD, FORMATS, LAYOUT_SIZES
-from megatron_dms.errors import CheckpointError
 from megatron_dms.files import leftovers
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def _parser(program: str) -> Parser:
         if name != "import":
             command.add_argument(
                 "--iteration",
-                type=int,
+                type=count,
                 metavar="N",
                 help="iteration of the checkpoint (default: the latest complete one)",
             )
@@ -85,7 +84,7 @@ def _parser(program: str) -> Parser:
         if name == "verify":
             command.add_argument(
                 "--prompt-tokens",
-                type=int,
+                type=count,
                 default=64,
                 metavar="N",
                 help="length of the prompts, which exceeds the window of a DMS model (default: 64)",
@@ -124,7 +123,22 @@ def _verify(options: argparse.Namespace) -> int:
     return 0 if card.passed else 1
 
 
-def _convert(options: argparse.Namespace) -> "Report":
+def _convert(options: argparse.Namespace) -> None:
+    report = _report(options)
+    values = sum(report.non_finite.values())
+    if values:
+        tensors, first = len(report.non_finite), next(iter(report.non_finite))
+        say(f"warning: {values} values in {tensors} tensors are NaN or infinite, the first in {first}")
+    result = {
+        "bytes": report.bytes,
+        "tensors": report.tensors,
+        "seconds": round(report.seconds, 3),
+        "non_finite_values": values,
+    }
+    print(json.dumps(result))
+
+
+def _report(options: argparse.Namespace) -> "Report":
     from megatron_dms.conversion import export_hf, import_hf  # late: --help needs no torch
 
     progress = _Progress()
@@ -149,24 +163,5 @@ def _convert(options: argparse.Namespace) -> "Report":
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one command; the return value is the exit status."""
     options = _parser(program).parse_args(argv)
-    try:
-        if options.command == "verify":
-            return _verify(options)
-        report = _convert(options)
-    except (CheckpointError, OSError) as error:
-        return say_error(error)
-    except KeyboardInterrupt:
-        say("interrupted; no output was left behind")
-        return 130
-    values = sum(report.non_finite.values())
-    if values:
-        tensors, first = len(report.non_finite), next(iter(report.non_finite))
-        say(f"warning: {values} values in {tensors} tensors are NaN or infinite, the first in {first}")
-    result = {
-        "bytes": report.bytes,
-        "tensors": report.tensors,
-        "seconds": round(report.seconds, 3),
-        "non_finite_values": values,
-    }
-    print(json.dumps(result))
-    return 0
+    command = _verify if options.command == "verify" else _convert
+    return exit_status(lambda: command(options), "no output was left behind")

@@ -19,10 +19,10 @@ from pathlib import Path
 from megatron_dms.command_line import (
     Parser,
     count,
+    exit_status,
     not_negative,
     positive,
     say,
-    say_error,
     seed,
     share,
     tool_parser,
@@ -229,12 +229,6 @@ def _score(options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one command and return the exit status."""
     options = _parser(program).parse_args(argv)
-    try:
-        {"cost": _cost, "run": _run, "score": _score}[options.command](options)
-    except (ValueError, OSError) as error:
-        return say_error(error)
-    except KeyboardInterrupt:
-        kept = "the samples so far are kept" if options.command == "run" else "nothing was left behind"
-        say(f"interrupted; {kept}")
-        return 130
-    return 0
+    command = {"cost": _cost, "run": _run, "score": _score}[options.command]
+    kept = "the samples so far are kept" if options.command == "run" else "nothing was left behind"
+    return exit_status(lambda: command(options), kept)

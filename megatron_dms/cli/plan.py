@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, replace
 
 from megatron_dms.cli.plan_options import assumptions, make_parser
-from megatron_dms.command_line import say, say_error, tool_parser
+from megatron_dms.command_line import exit_status, say, tool_parser
 from megatron_dms.planning import calibration, tables
 from megatron_dms.planning.devices import DEVICES, Device
 from megatron_dms.planning.job import RECIPES, Job
@@ -172,11 +172,4 @@ COMMANDS = {"train": _train, "serve": _serve, "check": _check}
 def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     """Run one command; the return value is the exit status."""
     options = make_parser(tool_parser(__doc__, PROGRAM, program)).parse_args(argv)
-    try:
-        print(json.dumps(COMMANDS[options.command](options)))
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError
-        return say_error(error)
-    except KeyboardInterrupt:
-        say("interrupted; nothing was left behind")
-        return 130
-    return 0
+    return exit_status(lambda: print(json.dumps(COMMANDS[options.command](options))))

@@ -9,7 +9,16 @@ table of nodes and checks, and a line of JSON. Exit status: 0 all checks passed 
 
 import os
 
-from megatron_dms.command_line import Parser, require_positive, say_error, split_at_dashes, tool_parser
+from megatron_dms.command_line import (
+    Parser,
+    count,
+    not_negative,
+    positive,
+    say_error,
+    split_at_dashes,
+    tool_parser,
+    whole,
+)
 
 PROGRAM = "megatron-dms preflight"
 
@@ -18,11 +27,11 @@ def _parser(program: str) -> Parser:
     parser = tool_parser(__doc__, PROGRAM, program)
     parser.add_argument("--hosts", required=True, metavar="A,B,...", help="all nodes in order of rank")
     parser.add_argument(
-        "--node-rank", type=int, default=0, metavar="R", help="rank of this node, from 0 (default: 0)"
+        "--node-rank", type=whole, default=0, metavar="R", help="rank of this node, from 0 (default: 0)"
     )
     parser.add_argument(
         "--gpus-per-node",
-        type=int,
+        type=count,
         required=True,
         metavar="G",
         help="processes on each node, one for each GPU",
@@ -31,18 +40,18 @@ def _parser(program: str) -> Parser:
         "--device", choices=("cuda", "cpu"), default="cuda", help="device of the run (default: cuda)"
     )
     parser.add_argument(
-        "--port", type=int, default=29400, metavar="P", help="port of the first host (default: 29400)"
+        "--port", type=count, default=29400, metavar="P", help="port of the first host (default: 29400)"
     )
     parser.add_argument(
         "--min-free-gb",
-        type=float,
+        type=not_negative,
         default=100,
         metavar="GB",
         help="free disk space needed at --save (default: 100 GB)",
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=positive,
         default=120,
         metavar="S",
         help="seconds until the nodes must have met, and for the all-reduce (default: 120)",
@@ -59,9 +68,8 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     if options.training:
         parser.error(f"found {options.training[0]}, expected -- before the flags of pretrain_dms.py")
     hosts = tuple(host for host in options.hosts.split(",") if host)
-    if not 0 <= options.node_rank < len(hosts):
+    if options.node_rank >= len(hosts):
         parser.error(f"--node-rank is {options.node_rank}, expected 0 to {len(hosts) - 1}: one of --hosts")
-    require_positive(parser, options, "gpus_per_node", "timeout")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a missing node is a line here, not a C++ trace
     from megatron_dms.launch.preflight import Preflight
 

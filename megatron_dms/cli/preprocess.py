@@ -20,7 +20,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_dms.command_line import Parser, say, say_error, tool_parser
+from megatron_dms.command_line import Parser, count, exit_status, say, tool_parser
 
 PROGRAM = "megatron-dms preprocess"
 
@@ -40,9 +40,9 @@ def _parser(program: str) -> Parser:
     text = "Jinja template to use instead of the tokenizer's own (default: the tokenizer's)"
     add("--chat-template", metavar="FILE", help=text)
     text = "number of processes that encode (default: %(default)s)"
-    add("--workers", type=int, default=1, metavar="N", help=text)
+    add("--workers", type=count, default=1, metavar="N", help=text)
     text = "read at most N documents; blank lines do not count (default: all)"
-    add("--max-documents", type=int, metavar="N", help=text)
+    add("--max-documents", type=count, metavar="N", help=text)
     return parser
 
 
@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     # A polite kill must clean up too: leave through the `finally` clauses.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return _run(options)
+        return exit_status(lambda: _run(options), "nothing was written")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from megatron_dms.data.preprocess import (  # late: --help is quick
         PreprocessConfig,
         ProgressLine,
@@ -68,22 +68,15 @@ def _run(options: argparse.Namespace) -> int:
 
     start = time.monotonic()
     template = options.chat_template
-    try:
-        config = PreprocessConfig(
-            inputs=tuple(options.input),
-            tokenizer=options.tokenizer,
-            output_prefix=options.output_prefix,
-            loss_on=options.loss_on,
-            chat_template=Path(template).read_text(encoding="utf-8") if template else None,
-            workers=options.workers,
-            max_documents=options.max_documents,
-        )
-        summary = preprocess(config, ProgressLine(say))
-    except (ValueError, OSError) as error:
-        return say_error(error)
-    except KeyboardInterrupt:
-        say("error: interrupted, nothing written")
-        return 130
+    config = PreprocessConfig(
+        inputs=tuple(options.input),
+        tokenizer=options.tokenizer,
+        output_prefix=options.output_prefix,
+        loss_on=options.loss_on,
+        chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+        workers=options.workers,
+        max_documents=options.max_documents,
+    )
+    summary = preprocess(config, ProgressLine(say))
     seconds = round(time.monotonic() - start, 3)
     print(json.dumps(asdict(summary) | {"seconds": seconds, "output_prefix": options.output_prefix}))
-    return 0

@@ -14,7 +14,17 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_dms.command_line import Parser, require_positive, say, split_at_dashes, tool_parser
+from megatron_dms.command_line import (
+    Parser,
+    count,
+    positive,
+    say,
+    seed,
+    share_or_none,
+    split_at_dashes,
+    tool_parser,
+    whole,
+)
 
 PROGRAM = "megatron-dms verify-resume"
 _SHOWN = 5  # how many names of differing tensors are shown
@@ -25,27 +35,27 @@ def _parser(program: str) -> Parser:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="a new folder for both runs and their logs"
     )
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="training steps of each run")
+    parser.add_argument("--steps", type=count, required=True, metavar="N", help="training steps of each run")
     parser.add_argument(
-        "--save-interval", type=int, required=True, metavar="N", help="steps between checkpoints"
+        "--save-interval", type=count, required=True, metavar="N", help="steps between checkpoints"
     )
-    parser.add_argument("--kills", type=int, default=3, metavar="N", help="number of kills (default: 3)")
+    parser.add_argument("--kills", type=whole, default=3, metavar="N", help="number of kills (default: 3)")
     parser.add_argument(
         "--while-saving",
-        type=float,
+        type=share_or_none,
         default=0.5,
         metavar="SHARE",
         help="share of kills that wait until the run saves; the others come at any time (default: 0.5)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         metavar="N",
         help="seed that draws moments and ranks of kills (default: 0)",
     )
     parser.add_argument(
-        "--timeout", type=float, default=3600, metavar="S", help="seconds for one start (default: 3600)"
+        "--timeout", type=positive, default=3600, metavar="S", help="seconds for one start (default: 3600)"
     )
     parser.add_argument("command", nargs="*", metavar="-- COMMAND", help="command of the run")
     return parser
@@ -58,9 +68,6 @@ def main(argv: list[str] | None = None, program: str = PROGRAM) -> int:
     options = parser.parse_args(own)
     if options.command or not command:
         parser.error("expected -- and the command of the run at the end")
-    require_positive(parser, options, "steps", "save_interval", "timeout")
-    if options.kills < 0 or not 0 <= options.while_saving <= 1:
-        parser.error("--kills is 0 or more, --while-saving between 0 and 1")
     if options.save_interval > options.steps:
         parser.error(f"--save-interval is {options.save_interval}, more than --steps {options.steps}")
     if options.out.exists():

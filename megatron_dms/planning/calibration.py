@@ -1,6 +1,6 @@
 """Predictions against measurements. One set of constants serves all of them; nothing is tuned row by row.
 
-Measurements are the authors', NVIDIA's, and those of this repository; tests/unit/planning/test_check.py
+Measurements are the authors', NVIDIA's, and those of this repository; tests/unit/planning/test_calibration.py
 compares the latter with docs/first_run.md and docs/performance.md.
 
 The step-time model has one fitted number, Assumptions.slowdown, which `fitted_slowdown` computes. How far off

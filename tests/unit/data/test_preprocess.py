@@ -325,7 +325,7 @@ def test_tool_interrupted_says_so_once(tokenizer_dir: str, tmp_path: Path) -> No
     process, out = in_the_middle(tokenizer_dir, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     said = end_of(process)
-    assert said.splitlines()[-1] == "error: interrupted, nothing written" and "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted; nothing was written" and "Traceback" not in said
     assert process.returncode == 130 and not list(out.iterdir())
 
 

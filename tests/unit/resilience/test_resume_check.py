@@ -90,8 +90,8 @@ def test_a_broken_promise_is_seen(tmp_path: Path, fault: str, message: str) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--steps 0 --save-interval 1", "--steps is 0, expected > 0"),
-        ("--steps 2 --save-interval 1 --while-saving 2", "--while-saving between 0 and 1"),
+        ("--steps 0 --save-interval 1", "--steps: 0 is no whole number above 0"),
+        ("--steps 2 --save-interval 1 --while-saving 2", "--while-saving: 2 is above 1"),
         ("--steps 2 --save-interval 3", "--save-interval is 3, more than --steps 2"),
         ("--step 2", "unrecognized arguments: --step 2"),
     ],
