@@ -116,6 +116,7 @@ def of_checkpoint(
     Raises:
         ValueError: the folder is no such checkpoint, or the text has fewer tokens than the longest context.
     """
+    from megatron_dms.hf.cache_dms import CACHE_NAME
     from megatron_dms.inference.loading import check_exported, load_model, load_tokenizer
 
     check_exported(folder)
@@ -130,7 +131,7 @@ def of_checkpoint(
         attention.decide = partial(_overheard, attention.decide, heard[-1])
     cache = model.make_cache()
     for part in torch.tensor([ids[: max(contexts)]], device=device).split(CHUNK, dim=1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, logits_to_keep=1, **{CACHE_NAME: cache})
     settings, config, head_size = model.dms_settings, model.config, model.model.layers[0].self_attn.head_dim
     evict = [torch.cat(parts, dim=-1) for parts in heard]  # of each layer [1, G, T]
     log_keep = [torch.zeros(x.shape, device=device).masked_fill_(x, float("-inf")) for x in evict]

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from megatron_dms.benchmarks.measuring import wall_seconds
 from megatron_dms.benchmarks.synthetic_models import WINDOW, Pair, check_shape, fill, make_models
+from megatron_dms.hf.cache_dms import CACHE_NAME
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def _measure_context(models: Pair, context: int, batch: int, cr: float, steps: i
     ]
     step_times = [
         (
-            wall_seconds(partial(dense, token, past_key_values=dense_cache)),
-            wall_seconds(partial(dms, token, past_key_values=dms_cache)),
+            wall_seconds(partial(dense, token, **{CACHE_NAME: dense_cache})),
+            wall_seconds(partial(dms, token, **{CACHE_NAME: dms_cache})),
         )
         for token in tokens.split(1, dim=1)
     ]

@@ -34,6 +34,7 @@ from megatron_dms.benchmarks.measuring import (
     wall_seconds,
 )
 from megatron_dms.benchmarks.synthetic_models import WINDOW, Pair, check_shape, fill, make_models
+from megatron_dms.hf.cache_dms import CACHE_NAME
 
 WARM_UP = 2
 """Steps before a measurement. The first step enlarges the pools of DMS that are full, and each step makes the
@@ -133,7 +134,7 @@ class Serving:
 
     def step(self) -> None:
         """Decode one token of each sequence."""
-        self.model(self.ids_B1, past_key_values=self.cache, use_cache=True)
+        self.model(self.ids_B1, use_cache=True, **{CACHE_NAME: self.cache})
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

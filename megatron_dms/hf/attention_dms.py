@@ -15,7 +15,7 @@ from torch import Tensor, nn
 # Half-rotation RoPE is the same function for every family served here; cos and sin come from the model.
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .cache_dms import DMSCache
+from .cache_dms import CACHE_NAME, DMSCache
 from .cache_layer_dms import fresh_pairs
 from .configuration_dms import DMSSettings
 from .sparse_attention_dms import NewTokens, attend
@@ -71,7 +71,6 @@ class DMSAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: DMSCache | None = None,
         dms_step: DMSStep | None = None,
         dms_residual: Tensor | None = None,
         **kwargs,
@@ -81,10 +80,11 @@ class DMSAttention(nn.Module):
             hidden_states: [B, T, hidden], after the layer's input norm.
             position_embeddings: cos and sin, [B or 1, T, D].
             attention_mask: not read; dms_step says what is padding.
-            past_key_values: the cache to read and extend, or None.
             dms_step: comes from the model's pre-forward hook (see modeling_dms.py).
             dms_residual: [B, T, hidden], the residual stream before the input norm, which the linear
                 predictor reads.
+            kwargs: transformers' other arguments, of which CACHE_NAME is read: the cache to read and extend,
+                or None.
 
         Returns:
             [B, T, hidden], and None where transformers expects attention weights.
@@ -98,7 +98,7 @@ class DMSAttention(nn.Module):
         v_BGTD = self.v_proj(hidden_states).view(heads).transpose(1, 2)
 
         out_BHTD = self.decide_and_attend(
-            q_BHTD, k_BGTD, v_BGTD, dms_residual, position_embeddings, dms_step, past_key_values
+            q_BHTD, k_BGTD, v_BGTD, dms_residual, position_embeddings, dms_step, kwargs.get(CACHE_NAME)
         )
         return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1)), None
 

@@ -3,7 +3,7 @@
 `generate` makes one by itself; to continue a conversation pass it back:
 
     cache = model.make_cache()
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, past_key_values=cache)  # cache=cache from transformers 5.24 on
 
 cache_layer_dms.py says how pairs are kept and dropped, and pages_dms.py where they lie.
 
@@ -13,15 +13,22 @@ Shapes: B sequences, T new tokens.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaModel
 from transformers.cache_utils import Cache
 
 from .cache_layer_dms import DMSCacheLayer
 from .sparse_attention_dms import NewTokens
 from .stats_dms import KVMeter
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a model's cache, from 5.24 on and before."""
+CACHE_NAME = next(name for name in CACHE_NAMES if name in signature(LlamaModel.forward).parameters)
+"""The name in this transformers; every family served here has the same."""
 
 
 class DMSCache(Cache):
@@ -170,3 +177,15 @@ class DMSCache(Cache):
                 self._seen_B = self._seen_B.index_select(0, stored)
             self.meter.select_sequences(indices)
             self.copies = 1
+
+
+def rename_cache(inputs: dict[str, Any]) -> None:
+    """Put the cache among the inputs of a model under CACHE_NAME, whichever name the caller gave it.
+
+    Raises:
+        ValueError: there is a cache under both names.
+    """
+    given = {name: cache for name in CACHE_NAMES if (cache := inputs.pop(name, None)) is not None}
+    if len(given) > 1:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    inputs[CACHE_NAME] = next(iter(given.values()), None)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cache_dms import DMSCache
+from .cache_dms import CACHE_NAME, DMSCache
 
 STEPS_AHEAD = 128
 """Tokens, all of them kept by every head, for which a growth makes room: 2 or 3 pages per head. With fewer
@@ -103,7 +103,7 @@ class GraphedStep:
         a number of the host's and would be frozen in the graph."""
         cache = self.cache
         out = self.model(
-            self._ids_B1, position_ids=cache.seen_B[:, None], past_key_values=cache, use_cache=True
+            self._ids_B1, position_ids=cache.seen_B[:, None], use_cache=True, **{CACHE_NAME: cache}
         )
         return out.logits[:, -1]
 
@@ -136,7 +136,7 @@ class GraphedStep:
             raise ValueError("autocast is on: it drops the weights it casts, which a graph would still read")
         if not isinstance(cache, DMSCache) or cache.get_seq_length() == 0:
             raise ValueError(f"the {type(cache).__name__} is no DMS cache with a prompt in it")
-        model._settle_cache({"past_key_values": cache})  # refuses a cache of another model, or a broken one
+        model._settle_cache({CACHE_NAME: cache})  # refuses a cache of another model, or a broken one
         if cache.copies > 1:
             raise ValueError(
                 f"each sequence of the cache stands for {cache.copies} of the batch; call cache.fork() first"

@@ -6,7 +6,7 @@
 
 Each class is transformers' own model with its attention layers replaced. Everything else (MLP, norms, RoPE,
 loading) is the base model's. This file depends on behaviour of transformers beyond its documented extension
-points (checked with 4.57.1 and 5.23) in these places: the methods `_prepare_generated_length`,
+points (checked with 4.57, 5.23 and 5.24) in these places: the methods `_prepare_generated_length`,
 `_prepare_cache_for_generation` and `_get_stopping_criteria` are overridden; the base model passes on a 4D
 attention mask unchanged; unknown keywords of the base model's forward reach its decoder layers and their
 self_attn.
@@ -25,7 +25,7 @@ from transformers.generation import StoppingCriteriaList
 from transformers.utils import logging
 
 from .attention_dms import DMSAttention, DMSStep, install_attention
-from .cache_dms import DMSCache
+from .cache_dms import CACHE_NAME, DMSCache, rename_cache
 
 # From a local folder, transformers 4.57 copies only the files that this file imports. The imports marked F401
 # are here for that reason alone.
@@ -67,7 +67,7 @@ else:
 logger = logging.get_logger(__name__)
 
 # The order in which every family's base model takes these inputs, for callers that pass them by position.
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", CACHE_NAME, "inputs_embeds")
 
 
 class DMSForCausalLM(CausalLM):
@@ -125,7 +125,7 @@ class DMSForCausalLM(CausalLM):
         return None if self._dms_meter is None else self._dms_meter.stats()
 
     def make_cache(self) -> DMSCache:
-        """An empty cache for this model, to pass as past_key_values and keep."""
+        """An empty cache for this model, to pass as past_key_values (CACHE_NAME) and keep."""
         settings = self.dms_settings
         return DMSCache(len(self.model.layers), settings.window, settings.lag, self.page_attention)
 
@@ -146,6 +146,7 @@ class DMSForCausalLM(CausalLM):
         tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if tokens is None or len(args) > len(MODEL_INPUTS):
             raise ValueError(f"expected input_ids or inputs_embeds, and only {MODEL_INPUTS} by position")
+        rename_cache(inputs)
         refuse_outputs(self.config, inputs)
         B, T = tokens.shape[:2]
         if T == 0:
@@ -173,7 +174,7 @@ class DMSForCausalLM(CausalLM):
             new = cache.place(B, T, real_BT, tokens.device)
         meter.start_forward(new.before_B, new.count_B, self.dms_settings.lag, self.config.num_key_value_heads)
         self._dms_meter = meter
-        inputs["past_key_values"] = cache
+        inputs[CACHE_NAME] = cache
         inputs["dms_step"] = DMSStep(new, meter, copies)
         # Nobody reads this mask. It is 4D because transformers passes a 4D mask on unchanged, and would
         # otherwise build a mask of [B, 1, T, S].
@@ -182,7 +183,7 @@ class DMSForCausalLM(CausalLM):
 
     def _settle_cache(self, inputs: dict[str, Any]) -> DMSCache | None:
         """The DMS cache of this forward: the caller's, a new one, or None if no cache is wanted."""
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE_NAME)
         if isinstance(cache, DMSCache):
             cache.refuse_if_broken()
             refuse_foreign_cache(self, cache)
@@ -195,7 +196,7 @@ class DMSForCausalLM(CausalLM):
         if type(cache) is DynamicCache and cache.get_seq_length() == 0:
             return self.make_cache()
         raise TypeError(
-            f"past_key_values is a {type(cache).__name__}, expected None, model.make_cache() or an empty "
+            f"{CACHE_NAME} is a {type(cache).__name__}, expected None, model.make_cache() or an empty "
             "DynamicCache: a DMS model stores eviction decisions beside keys and values"
         )
 
@@ -224,9 +225,9 @@ class DMSForCausalLM(CausalLM):
         refuse_generation_modes(generation_config, generation_mode)
         refuse_length(self.max_positions, max_cache_length, mask)
         refuse_chunks_of_padding(generation_config, mask)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is None and generation_config.use_cache:
-            cache = model_kwargs["past_key_values"] = self.make_cache()
+            cache = model_kwargs[CACHE_NAME] = self.make_cache()
         generation_config._dms_meter = cache.meter if isinstance(cache, DMSCache) else None
         if isinstance(cache, DMSCache):
             cache.refuse_if_broken()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import __version__
 
-from .cache_dms import DMSCache
+from .cache_dms import CACHE_NAME, DMSCache
 from .configuration_dms import DMSSettings
 
 
@@ -84,7 +84,7 @@ def refuse_continuation(cache: DMSCache, generation_config) -> None:
     if cache.get_seq_length() == 0:
         return
     if not generation_config.use_cache:
-        raise ValueError("use_cache=False with a cache as past_key_values; give one or the other")
+        raise ValueError(f"use_cache=False with a cache as {CACHE_NAME}; give one or the other")
     if cache.follows_beams:
         raise ValueError(
             "this DMS cache holds the beams that a beam search was following, not the sequences it returned; "

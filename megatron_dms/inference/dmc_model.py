@@ -194,7 +194,7 @@ class DMCForCausalLM(modeling_dms.DMSForCausalLM):
         return DMSSettings.from_entries(vars(config))
 
     def make_cache(self) -> DMCCache:
-        """An empty cache for this model, to pass as past_key_values and keep."""
+        """An empty cache for this model, to pass as past_key_values (CACHE_NAME) and keep."""
         return DMCCache(len(self.model.layers), self.dms_settings, self.page_attention)
 
     def graphed_step(self, cache: DMSCache) -> NoReturn:

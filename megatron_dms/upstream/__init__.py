@@ -24,6 +24,6 @@ CHECKED_VERSIONS = {
     "megatron-core": "0.19.2",
     "nvidia-modelopt": "0.47.0",
     "torch": "2.13",
-    "transformers": "5.23",
+    "transformers": "5.24",
 }
 """The releases that every touch was checked on."""

@@ -256,6 +256,16 @@ RELIED_ON = [
         "**kwargs)",
     ),
     Touch(
+        "hf/modeling_dms.py",
+        "transformers.models.llama.modeling_llama:LlamaModel.forward",
+        "(self, input_ids=, attention_mask=, position_ids=, cache=, inputs_embeds=, use_cache=, **kwargs)",
+    ),
+    Touch(
+        "hf/attention_dms.py",
+        "transformers.models.llama.modeling_llama:LlamaDecoderLayer.forward",
+        "source: cache=cache,\n            use_cache=use_cache,",
+    ),
+    Touch(
         "resilience/hang_diagnosis.py",
         "torch.distributed.distributed_c10d:all_reduce",
         "(tensor, op=, group=, async_op=)",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from megatron_dms.hf.attention_dms import DMSAttention
-from megatron_dms.hf.cache_dms import DMSCache
+from megatron_dms.hf.cache_dms import CACHE_NAME, DMSCache
 from megatron_dms.hf.configuration_dms import DMSSettings
 from megatron_dms.hf.graph_dms import GraphedStep
 from megatron_dms.hf.modeling_dms import DMSForCausalLM
@@ -79,7 +79,7 @@ class PlainForCausalLM(DMSForCausalLM):
         if max_new_tokens is None:
             raise ValueError(
                 f"the budget of {self.policy.name} depends on how long the text may get: call generate, or "
-                "pass make_cache(max_new_tokens) as past_key_values"
+                f"pass make_cache(max_new_tokens) as {CACHE_NAME}"
             )
         if self.page_attention != "torch":
             raise ValueError(f"page_attention is {self.page_attention!r}, {self.policy.name} needs 'torch'")
@@ -105,7 +105,7 @@ class PlainForCausalLM(DMSForCausalLM):
         if not isinstance(self.policy, Vanilla):
             self._refuse_for_policy(generation_config, model_kwargs)
             new = generation_config.max_length - generation_config._dms_prompt_columns
-            model_kwargs["past_key_values"] = self.make_cache(new)
+            model_kwargs[CACHE_NAME] = self.make_cache(new)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _refuse_for_policy(self, generation_config, model_kwargs: dict[str, Any]) -> None:
@@ -119,9 +119,9 @@ class PlainForCausalLM(DMSForCausalLM):
             )
         if not generation_config.use_cache:
             raise ValueError(f"use_cache=False is not supported with {name}: it would read everything")
-        if model_kwargs.get("past_key_values") is not None:
+        if model_kwargs.get(CACHE_NAME) is not None:
             raise ValueError(
-                f"past_key_values is not supported with {name}: its budget is one call's; leave it out"
+                f"{CACHE_NAME} is not supported with {name}: its budget is one call's; leave it out"
             )
         if generation_config._dms_prompt_columns is None:
             raise ValueError(f"inputs_embeds is not supported with {name}; pass input_ids")

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from megatron_dms.hf import pages_dms
+from megatron_dms.hf.cache_dms import CACHE_NAME, CACHE_NAMES
 from tests.support.dms_by_definition import held_pairs, reference
 from tests.support.generation_by_hand import feed
 from tests.support.tiny_dms_models import FAMILIES_AND_SETTINGS, KV_HEADS, LAYERS, random_tokens, tiny_model
@@ -283,6 +284,23 @@ def test_an_empty_dynamic_cache_is_replaced():
     assert type(out.past_key_values).__name__ == "DMSCache"
     assert type(model(random_tokens(1, T)).past_key_values).__name__ == "DMSCache"
     assert len(out.past_key_values.layers) == LAYERS
+
+
+@torch.no_grad()
+def test_a_cache_goes_by_two_names():
+    """Catches a cache that is ignored because another release of transformers calls the argument so, and a
+    cache under a name that this release does not know."""
+    model, ids_BT = tiny_model(), random_tokens(2, T)
+    for part in (model, model.model):
+        for name in CACHE_NAMES:
+            cache = model.make_cache()
+            out = part(ids_BT, use_cache=True, **{name: cache})
+            assert cache.get_seq_length() == T and out[CACHE_NAME] is cache
+        cache = model.make_cache()
+        part(ids_BT, None, None, cache)
+        assert cache.get_seq_length() == T
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model.model(ids_BT, **dict.fromkeys(CACHE_NAMES, cache))
 
 
 def test_tokens_taken_in_cannot_become_padding():

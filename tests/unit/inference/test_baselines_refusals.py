@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_dms.hf.cache_dms import CACHE_NAME
 from megatron_dms.inference.baselines import METHODS, load_plain, make_policy
 from tests.support.baseline_cases import random_tokens, save_plain
 
@@ -42,7 +43,7 @@ def test_a_cache_of_another_budget(model):
     """Catches a policy that is set and not followed, because an older cache goes on."""
     model.policy = make_policy("tova", 2.0)
     cache, ids_BT = model.make_cache(8), random_tokens(1, 9)
-    with pytest.raises(ValueError, match="past_key_values is not supported with tova"):
+    with pytest.raises(ValueError, match=f"{CACHE_NAME} is not supported with tova"):
         model.generate(ids_BT, past_key_values=cache, max_new_tokens=4)
     model.policy = make_policy("tova", 4.0)
     with pytest.raises(
