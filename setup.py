@@ -10,9 +10,8 @@ setup(
         "megatron-core[training]>=0.19.2,<0.20",
         "torch>=2.6",
         "numpy",
-        # Attention, cache and generation use what transformers calls private or renames: the cache has another
-        # name since 5.24. The tests of exported models pass on 4.57, 5.23 and 5.24; a later release is to be
-        # tried first.
+        # Exported models depend on more of transformers than is documented; 5.24 gave the cache another name.
+        # Their tests pass on 4.57, 5.23 and 5.24, and a later release is to be tried first, hence the bound.
         "transformers>=4.57,<5.25",
         "nvidia-modelopt>=0.47",
         "safetensors",

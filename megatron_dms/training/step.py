@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -254,7 +254,8 @@ def _model_shape(models: list[GPTModel]) -> ModelShape:
     copies = [[rank for rank, copy in enumerate(everyone) if copy == each] for each in sorted(set(everyone))]
     ranks = None
     if len(copies[own]) > 1:
-        ranks, _ = dist.new_subgroups_by_enumeration(copies, backend="gloo")
+        found, _ = dist.new_subgroups_by_enumeration(copies, backend="gloo")
+        ranks = cast(dist.ProcessGroup, found)  # typed for ranks in none of the subgroups, too
     layers = sum(len(model.decoder.layers) for model in models)
     return ModelShape(config.num_layers, config.num_query_groups, layers, ranks)
 
