@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.utils.cpp_extension  # noqa: F401 - warns at import where there is a toolkit but no GPU
+import torch.utils.cpp_extension  # warns at import where there is a toolkit but no GPU
 
 from megatron_dms.benchmarks import attention as benchmark
 from megatron_dms.benchmarks.attention import AttentionResult, Shape, drawn, measure, of_checkpoint
