@@ -3,7 +3,7 @@ time.
 
 It is PyTorch's distributed checkpoint (torch.distributed.checkpoint, DCP): `.metadata` (a pickle of names,
 shapes and places), `*.distcp` (the tensors, each as `torch.save` writes it), and Megatron's `metadata.json`.
-Checked on megatron-core 0.19.2 and torch 2.13:
+Checked on megatron-core 0.19.2, torch 2.13 and 2.14:
 - layers of a model share a key and have a leading layer axis; each layer is a chunk [1, ...] of it;
 - everything that is no tensor sits in one object under the key `common_state/shard_0_1`, saved by
   `torch.save([...])`;

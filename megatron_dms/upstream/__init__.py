@@ -23,7 +23,7 @@ of a new release begins with that list.
 CHECKED_VERSIONS = {
     "megatron-core": "0.19.2",
     "nvidia-modelopt": "0.47.0",
-    "torch": "2.13",
+    "torch": "2.14",
     "transformers": "5.24",
 }
 """The releases that every touch was checked on."""

@@ -48,7 +48,7 @@ class _Envelope(io.BytesIO):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_CUR or self.hole is not None:
-            raise RuntimeError("torch.save seeks in a way that torch 2.13 does not")
+            raise RuntimeError("torch.save seeks in a way that torch 2.14 does not")
         self.hole, self.skipped = self.tell(), offset
         return self.hole + offset
 

@@ -120,7 +120,7 @@ class Child:
             os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
 
     def _torchrun_variables(self) -> dict[str, str]:
-        """What torchrun's agent sets on a single node (torch 2.13)."""
+        """What torchrun's agent sets on a single node (torch 2.13 and 2.14)."""
         world = str(self.job.processes)
         return {
             "RANK": str(self.rank),
