@@ -37,7 +37,7 @@ from megatron_dms.processes import end_with_parent
 from megatron_dms.resilience import run_folder, save_worker
 from megatron_dms.resilience.collective_steps import by_rank_0, ends_with_a_line, gathered, root_cause
 from megatron_dms.resilience.watchdog import SAVE, Watchdog
-from megatron_dms.upstream import megatron_saving
+from megatron_dms.upstream import megatron_distributed_optimizer, megatron_saving
 
 RESUMES = "resuming from iteration {}"
 _LAG = 30  # seconds for a network file system to show what another machine wrote
@@ -88,6 +88,7 @@ class Checkpoints:
         would leave behind for ever.
         """
         megatron_saving.replace_saving(self)
+        megatron_distributed_optimizer.mend()
         megatron_saving.name_write_failures(root_cause)
         megatron_saving.start_queue_process_with(end_with_parent)
 

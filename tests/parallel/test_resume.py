@@ -12,19 +12,19 @@ from tests.support.comparison import TOLERANCE, assert_same_curves
 from tests.support.retrofit import STEPS, Workspace
 
 HALF = STEPS // 2
+ZEROING = ("--dms-zeroing-steps", str(HALF))  # so a resumed run begins where the phase ends
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(workspace: Workspace) -> tuple[Path, dict[str, list[float]]]:
     """Run at TP 2 x PP 2 with saves in the middle and at the end -> the folder and the curves."""
     folder = workspace.folder / "uninterrupted"
-    return folder, workspace.run("uninterrupted", 4, *TP, *PP, *saving(folder))
+    return folder, workspace.run("uninterrupted", 4, *TP, *PP, *ZEROING, *saving(folder))
 
 
 def saving(folder: Path) -> tuple[str, ...]:
-    """Return the flags of a new run and of its resumption, which begins where the zeroing phase ends."""
-    save = ("--load", str(folder), "--save", str(folder), "--save-interval", str(HALF))
-    return (*save, "--dms-zeroing-steps", str(HALF))
+    """Return the flags of a new run and of its resumption."""
+    return ("--load", str(folder), "--save", str(folder), "--save-interval", str(HALF))
 
 
 def stopped_copy(folder: Path, copy: Path) -> Path:
@@ -42,7 +42,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     restored, noise from a random state, and a retrofit that starts its schedule anew."""
     folder, curves = uninterrupted
     copy = stopped_copy(folder, workspace.folder / "resumed")
-    resumed = workspace.run("resumed", 4, *TP, *PP, *saving(copy))
+    resumed = workspace.run("resumed", 4, *TP, *PP, *ZEROING, *saving(copy))
     assert_same_curves(resumed, curves, range(HALF, STEPS), 0.0)
     tensors, different = compare(*(iteration_folder(run, STEPS) for run in (folder, copy)))
     assert tensors > 20 and different == []  # optimizer state too
@@ -55,7 +55,7 @@ def test_finished_run_validates_as_what_it_is(
     iteration that only the training loop knows: the validation would be that of the zeroing phase."""
     folder, _ = uninterrupted
     validation = ("--eval-iters", "1", "--valid-data-path", str(workspace.data))
-    curves = workspace.run("finished", 1, *saving(folder), *validation)
+    curves = workspace.run("finished", 1, *ZEROING, *saving(folder), *validation)
     assert "KL" not in curves
     (target,) = set(curves["target CR validation"])
     assert target == pytest.approx(STEPS - HALF)  # steps_per_cr is 1, and the last step's number is STEPS - 1
@@ -67,5 +67,5 @@ def test_resumed_in_another_layout_continues_the_curve(
     """One process resumes a run at TP 2 x PP 2. Catches weights or optimizer state that are saved by rank."""
     folder, curves = uninterrupted
     copy = stopped_copy(folder, workspace.folder / "elsewhere")
-    resumed = workspace.run("elsewhere", 1, *saving(copy))
+    resumed = workspace.run("elsewhere", 1, *ZEROING, *saving(copy))
     assert_same_curves(resumed, curves, range(HALF, STEPS), TOLERANCE)

@@ -31,6 +31,8 @@ class Touch(NamedTuple):
         return self.name or self.theirs.replace(":", ".")
 
 
+DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
+CLASS = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer."
 WRITER = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 # Private names that we use, and names that we replace. `test_the_table_is_complete` finds them in our source.
@@ -47,6 +49,30 @@ TOUCHES = [
     ),
     Touch("upstream/wheel.py", "megatron.core.datasets.utils:compile_helpers", "()"),
     Touch("upstream/megatron_loggers.py", "megatron.training.global_vars:_GLOBAL_TENSORBOARD_WRITER", BOUND),
+    Touch(
+        "upstream/megatron_distributed_optimizer.py",
+        f"{DISTRIBUTED}.state_dict",
+        "(self)",
+        CLASS + "state_dict",
+    ),
+    Touch(
+        "upstream/megatron_distributed_optimizer.py",
+        f"{DISTRIBUTED}.load_state_dict",
+        "(self, state_dict)",
+        CLASS + "load_state_dict",
+    ),
+    Touch(
+        "upstream/megatron_distributed_optimizer.py",
+        f"{DISTRIBUTED}.sharded_param_state_dp_reshardable",
+        "(self, model_sharded_state_dict, is_loading=, metadata=)",
+        CLASS + "sharded_param_state_dp_reshardable",
+    ),
+    Touch(
+        "upstream/megatron_distributed_optimizer.py",
+        f"{DISTRIBUTED}._set_main_param_and_optimizer_states",
+        "(self, model_param, tensors)",
+        CLASS + "_set_main_param_and_optimizer_states",
+    ),
     Touch(
         "upstream/megatron_optimizer.py",
         "megatron.training.training:train",
