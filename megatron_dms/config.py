@@ -113,6 +113,11 @@ class DMSConfig(DecisionSettings):
         "finished checkpoints that stay in --save once a new one is verified, that one among them; 0 = all",
         scope="run",
     )
+    resume_on_other_samples: bool = _setting(
+        False,
+        "go on from a checkpoint with other training data, --seq-length or --seed than the run so far had",
+        scope="run",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

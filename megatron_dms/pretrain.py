@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from megatron_dms.errors import StartupError
+    from megatron_dms.resilience.ownership import Owner
     from megatron_dms.training.startup import Run
 
 SILENT_RANKS_WAIT = 60  # seconds at most: torchrun ends the wait once local rank 0 has failed
@@ -27,10 +28,10 @@ def main() -> None:
     try:
         run = startup.parse()
         run = startup.check(run)
-        startup.open_outputs(run)
+        owner = startup.open_outputs(run)
     except StartupError as error:
         _exit(error)
-    _train(run)
+    _train(run, owner)
 
 
 def _exit(error: "StartupError") -> NoReturn:
@@ -45,7 +46,7 @@ def _exit(error: "StartupError") -> NoReturn:
     raise SystemExit(2) from None
 
 
-def _train(run: "Run") -> None:
+def _train(run: "Run", owner: "Owner | None") -> None:
     """Hand the student with its teacher, the data and the forward step to Megatron's training loop."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -58,7 +59,7 @@ def _train(run: "Run") -> None:
     from megatron_dms.training.step import RetrofitStep
 
     with Watchdog.of_run(run.dms, run.args) as watchdog:
-        Checkpoints(run.dms.keep_checkpoints, run.continues, watchdog).install()
+        Checkpoints(run.dms.keep_checkpoints, run.continues, watchdog, owner).install()
         step = RetrofitStep(run.dms, watchdog)
         model = student_config(run)
         model.pre_wrap_hooks.append(step.attach)

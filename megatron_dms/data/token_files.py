@@ -10,6 +10,7 @@ Nothing here imports Megatron or torch, so a launcher can check its data in well
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _TOKEN_DTYPES = (np.uint16, np.int32, np.int64)
 # Token ids and mask values are checked in this many entries at either end of the file. That finds files made
 # with another tokenizer and damaged ends, and takes a fraction of a second for files of many GB.
 _SAMPLED_ENTRIES = 1 << 20
+_DIGEST_BLOCKS, _DIGEST_BLOCK = 64, 1 << 16  # number, bytes
 
 
 def loss_mask_prefix(prefix: str) -> str:
@@ -134,6 +136,30 @@ def check_pair(prefix: str, vocab_size: int | None = None) -> None:
         raise DataError(
             f"{loss_mask_prefix(prefix)}.bin: found the value {largest}, expected 0 or 1; {REMAKE}"
         )
+
+
+def fingerprint(prefix: str) -> str:
+    """Return a digest by which a run recognises its data: equal for a copy of the four files elsewhere.
+
+    The indices are read as a whole, and of each .bin its length and blocks that are spread over the file: a
+    start must not read terabytes. So a few changed tokens of a large file may go unseen.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        for stem in (prefix, loss_mask_prefix(prefix)):
+            digest.update(Path(f"{stem}.idx").read_bytes())
+            with Path(f"{stem}.bin").open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(str(size).encode())
+                for part in range(_DIGEST_BLOCKS):
+                    file.seek(max(size - _DIGEST_BLOCK, 0) * part // (_DIGEST_BLOCKS - 1))
+                    digest.update(file.read(_DIGEST_BLOCK))
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def _read_index(prefix: str) -> _Index:

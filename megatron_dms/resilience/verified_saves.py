@@ -36,6 +36,7 @@ from megatron_dms.formats.megatron_folder import TRACKER, checkpoint_args
 from megatron_dms.processes import end_with_parent
 from megatron_dms.resilience import run_folder, save_worker
 from megatron_dms.resilience.collective_steps import by_rank_0, ends_with_a_line, gathered, root_cause
+from megatron_dms.resilience.ownership import Owner
 from megatron_dms.resilience.watchdog import SAVE, Watchdog
 from megatron_dms.upstream import megatron_distributed_optimizer, megatron_saving
 
@@ -71,12 +72,15 @@ class Checkpoints:
         keep: how many finished checkpoints stay when a new one is verified; 0 = all.
         resumes: whether the run goes on from --load, so that the checkpoint there must be verified.
         watchdog: told of each save.
+        owner: on rank 0, what --save calls this run; another run may take the folder over. None: nothing is
+            saved, or this is another rank.
     """
 
-    def __init__(self, keep: int, resumes: bool, watchdog: Watchdog) -> None:
+    def __init__(self, keep: int, resumes: bool, watchdog: Watchdog, owner: Owner | None = None) -> None:
         self.keep = keep
         self.resumes = resumes
         self._watchdog = watchdog
+        self._owner = owner
         self._megatron = megatron_saving.MegatronSaving.found()
         self._saved_before = False
         self._under_way: _Save | None = None
@@ -97,7 +101,7 @@ class Checkpoints:
         args = get_args()
         said = args.save
         with self._watchdog.phase(SAVE), ends_with_a_line(_NOT_SAVED.format(iteration, said)):
-            make = partial(run_folder.new_staging, Path(said), clean=not self._saved_before)
+            make = partial(self._new_staging, Path(said))
             self._under_way = _Save(iteration, Path(said), by_rank_0(make))
             self._saved_before = True
             try:
@@ -154,7 +158,16 @@ class Checkpoints:
             except Exception as error:  # W&B may have ended before the last save, or have no connection
                 print(f"warning: W&B was not told of iteration {save.iteration}: {error}", file=sys.stderr)
 
+    def _new_staging(self, save: Path) -> Path:
+        self._check_owner()
+        return run_folder.new_staging(save, clean=not self._saved_before)
+
+    def _check_owner(self) -> None:
+        if self._owner is not None:
+            self._owner.check()
+
     def _publish(self, save: _Save, sums: dict[str, FileSum]) -> list[int]:
+        self._check_owner()
         run_folder.finish(save.folder, save.save, save.iteration, sums)
         try:
             removed = run_folder.remove_old(save.save, self.keep, save.iteration, save.staging)

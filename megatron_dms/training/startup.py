@@ -24,6 +24,7 @@ from megatron_dms.errors import CheckpointError, DataError, StartupError
 from megatron_dms.training import checks
 
 if TYPE_CHECKING:
+    from megatron_dms.resilience.ownership import Owner
     from megatron_dms.training.weights import Weights
 
 
@@ -186,6 +187,7 @@ def check(run: Run) -> Run:
 
 def _complete(args: Namespace, run: Run) -> None:
     """Set the arguments that follow from the run, in place, and let Megatron check and complete the rest."""
+    from megatron_dms.training.resumption import check_resumption, samples_of
     from megatron_dms.upstream.megatron_arguments import validate
 
     args.dms = run.dms.to_dict()  # saved with the arguments in every checkpoint
@@ -197,20 +199,27 @@ def _complete(args: Namespace, run: Run) -> None:
         args.load = None if args.load and Path(args.load) == run.start.folder else args.load
     with _refusals_in_one_line():
         validate(args)
+    args.dms_samples = samples_of(args)  # saved, too: a run that goes on compares
+    if run.continues:
+        check_resumption(args, run.start.args, run.dms)
 
 
-def open_outputs(run: Run) -> None:
-    """Make the arguments Megatron's global ones, which opens its loggers; open the run log; put the HF side
-    files into the folder of --save.
+def open_outputs(run: Run) -> "Owner | None":
+    """Take the folder of --save; make the arguments Megatron's global ones, which opens its loggers; open the
+    run log; put the HF side files into the folder of --save.
+
+    Returns:
+        On rank 0, what the folder of --save calls this run.
 
     Raises:
-        StartupError: a file cannot be written, or --save holds another model's checkpoints.
+        StartupError: a file cannot be written, or --save holds another model's checkpoints or a run.
     """
     from megatron.training.global_vars import set_global_variables
 
     from megatron_dms.training.run_log import mirror_metrics, open_run_log
 
     args = run.args
+    owner = _owner_of(Path(args.save)) if args.rank == 0 and args.save else None
     with _refusals_in_one_line():
         mirror = open_run_log(args, run.start.iteration if run.continues else 0)
         set_global_variables(args)
@@ -219,6 +228,18 @@ def open_outputs(run: Run) -> None:
         checks.warn_if_not_zeroed(run.dms, run.start)
         if args.save:
             _carry_hf_files(run.start, Path(args.save), run.continues)
+    return owner
+
+
+def _owner_of(save: Path) -> "Owner":
+    from megatron_dms.resilience.ownership import Owner
+
+    try:
+        return Owner.claim(save)
+    except CheckpointError as error:
+        raise StartupError(str(error), one_rank=True) from error
+    except OSError as error:
+        raise StartupError(f"--save {save} cannot be written: {error}", one_rank=True) from error
 
 
 @contextlib.contextmanager

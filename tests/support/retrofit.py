@@ -161,11 +161,11 @@ def _save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make_data(workspace: Workspace) -> None:
+def make_data(workspace: Workspace, seed: int = 11) -> None:
     """Write documents of many lengths, so that padding and the loss mask matter."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    generator = np.random.default_rng(11)
+    generator = np.random.default_rng(seed)
     tokens = IndexedDatasetBuilder(f"{workspace.data}.bin", dtype=np.uint16)
     masks = IndexedDatasetBuilder(f"{workspace.data}_loss_mask.bin", dtype=np.uint8)
     for _ in range(60):

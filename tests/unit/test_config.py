@@ -33,6 +33,7 @@ OTHER: dict[str, Any] = {
     "attention_backend": "triton",
     "attention_threshold": -25.0,
     "keep_checkpoints": 3,
+    "resume_on_other_samples": True,
     **{"start_limit": 60.0, "step_limit": 30.0, "save_limit": 0.0, "heartbeat_limit": 15.0},
     "method": "evict",  # merging goes with one set of these settings, see test_merging_from_the_command_line
     "importance_scale": 1.0,
@@ -44,6 +45,7 @@ MERGE = {
     **{"importance_scale": 2.0, "importance_offset": 0.5},
 }
 RUN_FIELDS = {"attention_backend", "attention_threshold", "fuse_output_layer", "keep_checkpoints"}
+RUN_FIELDS |= {"resume_on_other_samples"}
 RUN_FIELDS |= {"start_limit", "step_limit", "save_limit", "heartbeat_limit"}
 MODEL_FIELDS = {"predictor", "granularity", "alpha_scale", "alpha_offset", "window", "lag", "temperature"}
 MODEL_FIELDS |= {"method", "importance_scale", "importance_offset"}
@@ -63,7 +65,7 @@ def test_the_defaults() -> None:
         **{"train": "all", "teacher": None, "kl_temperature": 1.0},
         **{"fuse_output_layer": False, "attention_backend": "auto", "attention_threshold": -40.0},
         **{"method": "evict", "importance_scale": 1.0, "importance_offset": 0.0},
-        **{"keep_checkpoints": 0},
+        **{"keep_checkpoints": 0, "resume_on_other_samples": False},
         **{"start_limit": 1800.0, "step_limit": 480.0, "save_limit": 1800.0, "heartbeat_limit": 120.0},
     }
 

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_dms.conversion import CheckpointError
 from megatron_dms.resilience import verified_saves
+from megatron_dms.resilience.ownership import Owner
 from megatron_dms.resilience.run_folder import iteration_name
 from megatron_dms.resilience.watchdog import SAVE
 from tests.support.run_folders import DATA, save_one
@@ -35,6 +36,26 @@ def test_waiting_for_an_asynchronous_save_is_a_save(blocking: bool, phase: str |
     around._megatron.finalize = lambda **named: seen.append((named, watchdog.now))
     around.finalize(blocking=blocking, terminate=True)
     assert seen == [({"blocking": blocking, "terminate": True}, phase)]
+
+
+def test_a_run_that_has_lost_its_folder_saves_nothing(tmp_path: Path) -> None:
+    """Catches: an owner that is asked only at one end of a save, or after the folders of killed runs, among
+    which are those of the new owner, have been removed."""
+    staged = tmp_path / "unfinished-of-the-new-owner"
+    staged.mkdir()
+    around = verified_saves.Checkpoints(0, False, Phases(), Owner.claim(tmp_path))
+    save = verified_saves._Save(4, tmp_path, around._new_staging(tmp_path))
+    assert not staged.exists()
+    staged.mkdir()
+    Owner.claim(tmp_path)
+    around._saved_before = False
+    with pytest.raises(CheckpointError, match="another run has taken the folder over"):
+        around._new_staging(tmp_path)
+    assert staged.is_dir()
+    save_one(save.staging, 4)
+    with pytest.raises(CheckpointError, match="another run has taken the folder over"):
+        around._publish(save, {})
+    assert not (tmp_path / iteration_name(4)).exists()
 
 
 def test_what_is_missing_is_looked_at_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
