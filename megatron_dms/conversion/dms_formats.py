@@ -24,6 +24,7 @@ CONFIG_KEYS = KNOWN_KEYS | OTHER_RUNTIME_KEYS
 Object = Mapping[str, Any]
 
 _OUR_KEYS = ("dms_predictor", "dms_lag")
+_LOADED_BY = "AutoModelForCausalLM"
 _FASTDMS = {"alpha_scale": "alpha_scale", "alpha_offset": "alpha_offset", "window": "window_size"}
 """Field of DMSSettings -> key of dms_metadata.json, which must have all of these keys."""
 _FASTDMS_LEAVES_OUT: dict[str, Any] = {"predictor": "query_channel", "granularity": "head", "lag": 1}
@@ -127,6 +128,7 @@ def write_config(config: Object, source: DMS | None, target: DMS, family: Any) -
         )
     if source is not None and source.format != target.format:
         config = {key: value for key, value in config.items() if key not in CONFIG_KEYS | {"auto_map"}}
+        config = {**config, "model_type": family.model_type}
     if target.format == "fastdms":
         _only(target, _FASTDMS_LEAVES_OUT)
         return {**config, "architectures": [family.architectures[0]]}
@@ -135,7 +137,8 @@ def write_config(config: Object, source: DMS | None, target: DMS, family: Any) -
         _only(target, {"lag": 1})
         if target.settings.predictor == "key_channel":
             raise CheckpointError("the format nvidia knows no key_channel; use --dms-format megatron_dms")
-        entries = {key: value for key, value in entries.items() if key not in _OUR_KEYS}
+        entries = {key: value for key, value in entries.items() if key not in (*_OUR_KEYS, "model_type")}
+        entries["auto_map"] = {_LOADED_BY: entries["auto_map"][_LOADED_BY]}
     if source is not None and source.format == target.format:
         now = source.settings.to_entries()
         entries = {key: value for key, value in entries.items() if key in now and now[key] != value}
@@ -157,7 +160,7 @@ def write_metadata(metadata: Object | None, target: DMS, positions: int) -> Obje
     return {**(metadata or {}), "config": {**values, "target_cr": _tidy(target.reached_cr)}}
 
 
-def config_entries(settings: DMSSettings, model_type: str) -> dict[str, object]:
+def config_entries(settings: DMSSettings, model_type: str) -> dict[str, Any]:
     """Return all keys of config.json with which the exported model (hf/) does what the settings say."""
     try:
         return hf.config_entries(model_type, replace(settings, target_cr=_tidy(settings.target_cr)))

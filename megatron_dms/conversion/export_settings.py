@@ -57,7 +57,7 @@ class Settings:
         brought_ours = source is not None and source.format == "megatron_dms"
         stale = () if target == source else (dms_formats.METADATA,)
         renamed = {}
-        if runs_ours and target != source:
+        if target != source:
             content[CARD] = _card(tensors, target, brought_ours)
             renamed = {} if brought_ours else {CARD: BASE_CARD}
         content[CONFIG] = config  # last: without it nobody takes a folder for a model

@@ -51,7 +51,10 @@ tokens and is then dropped for good, so the KV cache stays small.
 | who decides | {_DECIDES[settings.predictor]} |
 | decision of a pair | read {settings.lag} token(s) later |
 {_training(args, iteration)}
-## Run it
+{_run(dms, base)}"""
+
+
+_RUN = """## Run it
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,6 +71,24 @@ bytes that were held. The ratio above is what training asked for; what a model r
 and pairs inside the window are never dropped. To compare with the full cache, set `dms_disable_eviction` to
 true in `config.json`.
 """
+_AS_BASE = """
+Without that flag, and in every program that does not run this folder's code, the folder is taken for {base}
+itself: {read} Nothing says so.
+"""
+_RUN_FASTDMS = """## Run it
+
+With FastDMS, which reads `dms_metadata.json`. Every other program takes the folder for {base} itself: {read}
+Nothing says so. For transformers, export it with `--dms-format megatron_dms`.
+"""
+_BORROWED = "it evicts nothing, and reads the channel that the model was trained to leave out."
+
+
+def _run(dms: DMS, base: str) -> str:
+    """Say how the model is run, and what other programs do with the folder."""
+    read = _BORROWED if dms.settings.predictor != "linear" else "it evicts nothing."
+    if dms.format == "fastdms":
+        return _RUN_FASTDMS.format(base=base, read=read)
+    return _RUN + (_AS_BASE.format(base=base, read=read) if dms.format == "nvidia" else "")
 
 
 def _card_of_merging(dms: DMS, args: Namespace, iteration: int, base: str, base_card: Path) -> str:

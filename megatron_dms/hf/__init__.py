@@ -19,6 +19,21 @@ MODEL_CLASSES = {
     "qwen3": "Qwen3ForCausalLMDMS",
 }
 SUPPORTED_MODEL_TYPES = tuple(MODEL_CLASSES)
+CONFIG_MODULE = "model_config_dms"
+_SUFFIX = "_dms"
+_OTHER_AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+)
+"""What else transformers would build from one of these base models."""
+
+
+def base_model_type(model_type: str) -> str:
+    """Return the base model's model type for that of an export, such as qwen3 for qwen3_dms."""
+    base = model_type.removesuffix(_SUFFIX)
+    return base if base in MODEL_CLASSES else model_type
 
 
 def export_files() -> list[Path]:
@@ -27,7 +42,10 @@ def export_files() -> list[Path]:
 
 
 def config_entries(model_type: str, settings: DMSSettings) -> dict[str, Any]:
-    """Return the keys to add to (or replace in) the base model's config.json; `model_type` itself stays.
+    """Return the keys to add to (or replace in) the base model's config.json.
+
+    The model type becomes that of model_config_dms.py, so that no other code takes an export for its base
+    model.
 
     Args:
         model_type: the base model's model type, one of SUPPORTED_MODEL_TYPES.
@@ -41,8 +59,14 @@ def config_entries(model_type: str, settings: DMSSettings) -> dict[str, Any]:
             f"family, add its class to megatron_dms/hf/{MODELING_MODULE}.py and its name to MODEL_CLASSES"
         )
     class_name = MODEL_CLASSES[model_type]
+    config_name = class_name.replace("ForCausalLMDMS", "Config")
     return {
         "architectures": [class_name],
-        "auto_map": {"AutoModelForCausalLM": f"{MODELING_MODULE}.{class_name}"},
+        "model_type": model_type + _SUFFIX,
+        "auto_map": {
+            "AutoConfig": f"{CONFIG_MODULE}.{config_name}",
+            "AutoModelForCausalLM": f"{MODELING_MODULE}.{class_name}",
+            **dict.fromkeys(_OTHER_AUTO_CLASSES, f"{MODELING_MODULE}.OnlyCausalLM"),
+        },
         **settings.to_entries(),
     }

@@ -17,6 +17,14 @@ only.)
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+if "DMSForCausalLM" in globals() and __name__.startswith("transformers_modules."):
+    # transformers 4 names a folder's modules by the last part of its path alone, and runs a second folder's
+    # code in the first one's module: models that were loaded before would go on with the other's functions.
+    raise ImportError(
+        "another export, whose folder has the same name and other code, was loaded in this process, and this "
+        "release of transformers keeps one code for both: rename one of the folders, or use transformers 5"
+    )
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
@@ -33,6 +41,7 @@ from .cache_layer_dms import DMSCacheLayer  # noqa: F401
 from .configuration_dms import DMSSettings
 from .fork_dms import first_of_equal_rows, repeat_rows
 from .graph_dms import GraphedStep
+from .model_config_dms import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from .page_attention_dms import PAGE_ATTENTION  # noqa: F401
 from .page_kernel_dms import attend_pages_triton  # noqa: F401
 from .pages_dms import PagePool  # noqa: F401
@@ -41,6 +50,7 @@ from .refusals_dms import (
     refuse_chunks_of_padding,
     refuse_continuation,
     refuse_foreign_cache,
+    refuse_frozen_positions,
     refuse_generation_modes,
     refuse_hidden_past,
     refuse_length,
@@ -225,6 +235,8 @@ class DMSForCausalLM(CausalLM):
         refuse_generation_modes(generation_config, generation_mode)
         refuse_length(self.max_positions, max_cache_length, mask)
         refuse_chunks_of_padding(generation_config, mask)
+        if model_kwargs.get("position_ids") is not None and not _counts_positions(self):
+            refuse_frozen_positions(model_kwargs.pop("position_ids"), mask)
         cache = model_kwargs.get(CACHE_NAME)
         if cache is None and generation_config.use_cache:
             cache = model_kwargs[CACHE_NAME] = self.make_cache()
@@ -285,17 +297,51 @@ class CountingCriteria(StoppingCriteriaList):
 class LlamaForCausalLMDMS(DMSForCausalLM, LlamaForCausalLM):
     """Llama with DMS, and models with Llama's config and weights (SmolLM2, TinyLlama and the like)."""
 
+    config_class = LlamaConfig
+
 
 class MistralForCausalLMDMS(DMSForCausalLM, MistralForCausalLM):
     """Mistral with DMS."""
+
+    config_class = MistralConfig
 
 
 class Qwen2ForCausalLMDMS(DMSForCausalLM, Qwen2ForCausalLM):
     """Qwen2 and Qwen2.5 with DMS, the R1-distilled models among them."""
 
+    config_class = Qwen2Config
+
 
 class Qwen3ForCausalLMDMS(DMSForCausalLM, Qwen3ForCausalLM):
     """Qwen3 with DMS."""
+
+    config_class = Qwen3Config
+
+
+def _counts_positions(model: Any) -> bool:
+    """Whether transformers' `generate` counts position_ids on from step to step, as releases from 5.0 do."""
+    return hasattr(model, "_prepare_position_ids_for_generation")
+
+
+class OnlyCausalLM:
+    """What Auto classes other than AutoModelForCausalLM get from an export: a refusal in one line.
+
+    Without this class they would build transformers' own model, which evicts nothing.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> NoReturn:
+        """Refuse to load the folder.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a DMS checkpoint holds a causal language model, and no other kind of model is built from it: "
+            "load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
+        )
+
+    from_config = _from_config = register_for_auto_class = from_pretrained
 
 
 def _real_tokens(mask: Tensor | None, B: int, T: int, past: int, device: torch.device) -> Tensor | None:

@@ -155,6 +155,28 @@ def refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -
         )
 
 
+def refuse_frozen_positions(position_ids: Tensor, mask: Tensor | None) -> None:
+    """Refuse position_ids of `generate` that do not count the prompt's real tokens from 0.
+
+    transformers 4 does not count them on: it would give each new token the position of the prompt's last one.
+    Positions that count real tokens are what the model finds without them.
+
+    Args:
+        position_ids: [B or 1, T].
+        mask: the attention mask of the prompt, [B, at least T], or None without padding.
+    """
+    T = position_ids.shape[-1]
+    real_BT = torch.ones_like(position_ids) if mask is None else mask
+    counted_BT = (real_BT.long().cumsum(-1) - 1)[:, -T:]
+    differs_BT = (position_ids != counted_BT) & (real_BT[:, -T:] != 0)
+    if bool(differs_BT.any()):
+        raise ValueError(
+            "position_ids do not count the tokens of the prompt from 0: this release of transformers gives "
+            "each new token the position of the prompt's last one; leave position_ids out, or use "
+            "transformers 5"
+        )
+
+
 def refuse_generation_modes(generation_config, mode: str | None) -> None:
     """Refuse generation modes that bypass the cache or roll it back."""
     if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):

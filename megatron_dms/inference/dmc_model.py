@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dms.hf import MODEL_CLASSES, modeling_dms
+from megatron_dms.hf import MODEL_CLASSES, base_model_type, modeling_dms
 from megatron_dms.hf.attention_dms import DMSAttention, DMSStep
 from megatron_dms.hf.cache_dms import DMSCache
 from megatron_dms.hf.cache_layer_dms import DMSCacheLayer
 from megatron_dms.hf.configuration_dms import DMSSettings
 from megatron_dms.hf.sparse_attention_dms import NewTokens
 from megatron_dms.hf.stats_dms import KVMeter
+from megatron_dms.inference.checkpoints import read_config
 from megatron_dms.inference.loading import check_exported, load_weights
 from megatron_dms.ops.merging import merge_pairs
 
@@ -213,12 +214,10 @@ def load_dmc(folder: Path, dtype: str, device: str) -> Any:
         ValueError: the folder is not an exported model that merges pairs, or its weights do not fit its
             config.
     """
-    from transformers import AutoConfig
-
     check_exported(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    DMCForCausalLM._read_settings(config)
-    return load_weights(merging_class(config.model_type), folder, dtype, device)
+    merging = merging_class(base_model_type(str(read_config(folder).get("model_type"))))
+    merging._read_settings(merging.config_class.from_pretrained(folder, local_files_only=True))
+    return load_weights(merging, folder, dtype, device)
 
 
 def merging_class(model_type: str) -> Any:

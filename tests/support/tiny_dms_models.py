@@ -4,7 +4,7 @@ import itertools
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_dms.hf import MODEL_CLASSES, config_entries, modeling_dms
 from megatron_dms.hf.configuration_dms import DMSSettings
@@ -46,7 +46,8 @@ def tiny_config(
         "eos_token_id": None,
         "pad_token_id": 0,
     }
-    return CONFIG_MAPPING[family](**(sizes | family_changes | entries | changes))
+    config_class = getattr(modeling_dms, MODEL_CLASSES[family]).config_class
+    return config_class(**(sizes | family_changes | entries | changes))
 
 
 def draw_weights(model: PreTrainedModel, seed: int) -> None:

@@ -218,6 +218,12 @@ TOUCHES = [
     ),
     Touch(
         "hf/modeling_dms.py",
+        "transformers.generation.utils:GenerationMixin._prepare_position_ids_for_generation",
+        "(self, inputs_tensor, model_kwargs)",
+        "_prepare_position_ids_for_generation",
+    ),
+    Touch(
+        "hf/modeling_dms.py",
         "transformers.generation.utils:GenerationMixin._prepare_generated_length",
         "(self, generation_config, has_default_max_length, has_default_min_length, "
         "model_input_name, input_ids_length, inputs_tensor)",

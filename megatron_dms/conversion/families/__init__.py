@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from megatron_dms.conversion.families import llama, mistral, qwen2, qwen3
 from megatron_dms.conversion.families.decoder import Family, Model
 from megatron_dms.errors import CheckpointError
+from megatron_dms.hf import base_model_type
 
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3)
@@ -17,7 +18,7 @@ def read_model(config: Mapping[str, object], dms_metadata: Mapping[str, object] 
     Raises CheckpointError for anything not understood.
     """
     model_type = config.get("model_type")
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family = FAMILIES.get(base_model_type(model_type)) if isinstance(model_type, str) else None
     if family is None:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is unknown, expected one of {', '.join(FAMILIES)}; "

@@ -111,6 +111,10 @@ def test_every_format_into_every_other(name: str, dms_format: str, tmp_path: Pat
         assert not any(key.startswith("dms_") for key in config) and "auto_map" not in config
         assert config["architectures"][0] in ("LlamaForCausalLM", "Qwen3ForCausalLM")
     assert (out / "dms_metadata.json").exists() == (dms_format == "fastdms")
+    own_type = dms_format == "megatron_dms"
+    assert config["model_type"] in (("llama_dms", "qwen3_dms") if own_type else ("llama", "qwen3"))
+    if before.format != dms_format:
+        assert ("Nothing says so." in (out / "README.md").read_text()) != own_type
     import_hf(out, tmp_path / "again")
     export_hf(tmp_path / "again", tmp_path / "twice", dms_format=before.format)
     assert found_in(tmp_path / "twice") == before
