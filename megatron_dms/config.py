@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from megatron_dms.compression_method import METHODS, CompressionMethod
-from megatron_dms.hf.configuration_dms import DecisionSettings
+from megatron_dms.hf.configuration_dms import LATER_FIELDS, DecisionSettings
 from megatron_dms.ops.schedule import CompressionSchedule
 
 THRESHOLD = -40.0
@@ -222,7 +222,8 @@ class DMSConfig(DecisionSettings):
             ValueError: names the field and both values.
         """
         if stored:
-            stored = {"method": "evict"} | stored  # a checkpoint from before there was a choice
+            # a checkpoint from before there was a choice, or one that leaves it out
+            stored = {"method": "evict", **LATER_FIELDS} | stored
         for item in fields(self):
             scope = item.metadata["scope"]
             if item.name not in stored or scope == "run" or (scope == "schedule" and not resuming):

@@ -2,7 +2,8 @@
 
 megatron_dms   keys in config.json: NVIDIA's, and two that say what NVIDIA's format leaves implicit
 nvidia         keys in config.json (nvidia/Qwen3-8B-DMS-8x; lag 1; linear or query_channel)
-fastdms        a file dms_metadata.json beside the weights (lag 1; query_channel; a decision per head)
+fastdms        a file dms_metadata.json beside the weights (lag 0; query_channel; a decision per head; the
+               borrowed channel is zeroed before RoPE only, as in FastDMS's runtime, not in its trainer)
 
 In between, the settings are one DMSSettings (hf/configuration_dms.py). On Megatron's side, `args.dms` is a
 plain dict of them, to which training adds its own settings; an export leaves those out. A base model has no
@@ -17,7 +18,7 @@ from megatron_dms import hf
 from megatron_dms.compression_method import method_of
 from megatron_dms.conversion.transforms import HF_LAYERS, MEGATRON_LAYERS, Rename, Row
 from megatron_dms.errors import CheckpointError
-from megatron_dms.hf.configuration_dms import KNOWN_KEYS, OTHER_RUNTIME_KEYS, DMSSettings
+from megatron_dms.hf.configuration_dms import KNOWN_KEYS, LATER_FIELDS, OTHER_RUNTIME_KEYS, DMSSettings
 
 METADATA = "dms_metadata.json"
 CONFIG_KEYS = KNOWN_KEYS | OTHER_RUNTIME_KEYS
@@ -27,7 +28,13 @@ _OUR_KEYS = ("dms_predictor", "dms_lag")
 _LOADED_BY = "AutoModelForCausalLM"
 _FASTDMS = {"alpha_scale": "alpha_scale", "alpha_offset": "alpha_offset", "window": "window_size"}
 """Field of DMSSettings -> key of dms_metadata.json, which must have all of these keys."""
-_FASTDMS_LEAVES_OUT: dict[str, Any] = {"predictor": "query_channel", "granularity": "head", "lag": 1}
+_FASTDMS_LEAVES_OUT: dict[str, Any] = {
+    "predictor": "query_channel",
+    "granularity": "head",
+    "lag": 0,
+    "zeroing": "before_rope",
+}
+"""What every model in the format does: found by running FastDMS's own code beside ours."""
 _OF_OTHER_SCHEMA = ("sidecar", "decision_source", "schema_version")
 """Keys of later files of the same name, whose predictor is stored apart from the model."""
 
@@ -61,12 +68,12 @@ def read(config: Object, metadata: Object | None) -> DMS | None:
     from_metadata = _read_metadata(metadata)
     if from_config is None:
         return from_metadata
-    said = {**from_config.fields, "compression ratio": from_config.reached_cr}
-    for name, value in {**from_metadata.fields, "compression ratio": from_metadata.reached_cr}.items():
-        if name != "temperature" and value is not None and said[name] != value:  # FastDMS has no temperature
+    for name in (*from_metadata.fields, "target_cr"):
+        said, value = getattr(from_config.settings, name), getattr(from_metadata.settings, name)
+        if name != "temperature" and value is not None and said != value:  # FastDMS has no temperature
+            means = f"means {name} {value!r}" if name in _FASTDMS_LEAVES_OUT else f"says {value!r}"
             raise CheckpointError(
-                f"config.json says {name} {said[name]!r}, but {METADATA} says {value!r}; remove the one that "
-                "is wrong"
+                f"config.json says {name} {said!r}, but {METADATA} {means}; remove the one that is wrong"
             )
     return from_config
 
@@ -134,7 +141,7 @@ def write_config(config: Object, source: DMS | None, target: DMS, family: Any) -
         return {**config, "architectures": [family.architectures[0]]}
     entries = config_entries(target.settings, family.model_type)
     if target.format == "nvidia":
-        _only(target, {"lag": 1})
+        _only(target, {"lag": 1, "zeroing": "around_rope"})
         if target.settings.predictor == "key_channel":
             raise CheckpointError("the format nvidia knows no key_channel; use --dms-format megatron_dms")
         entries = {key: value for key, value in entries.items() if key not in (*_OUR_KEYS, "model_type")}
@@ -177,7 +184,8 @@ def stored(fields: Mapping[str, Any] | None, reached_cr: float | None, format: s
     if missing:
         raise CheckpointError(f"the checkpoint's args.dms lacks {missing}; was it saved by another version?")
     try:
-        settings = DMSSettings(**{name: fields[name] for name in names}, target_cr=reached_cr)
+        values = {name: fields[name] for name in (*names, *LATER_FIELDS) if name in fields}
+        settings = DMSSettings(**values, target_cr=reached_cr)
     except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a setting is a tensor
         raise CheckpointError(f"the checkpoint's args.dms cannot be exported: {error}") from error
     return DMS(settings, format)

@@ -15,15 +15,20 @@ from typing import Any
 PREDICTORS = ("query_channel", "key_channel", "linear")
 GRANULARITIES = ("head", "layer")
 METHODS = ("evict", "merge")
+ZEROINGS = ("around_rope", "before_rope")
 MERGING_REQUIRES: Mapping[str, object] = {
     "predictor": "key_channel",
     "granularity": "head",
     "window": 0,
     "lag": 1,
+    "zeroing": "around_rope",
 }
 """The settings for which alone merging is defined: field -> value."""
 MERGING_FIELDS = ("method", "importance_scale", "importance_offset")
 """The fields that a checkpoint or a config.json holds for a model that merges, and for no other model."""
+LATER_FIELDS: Mapping[str, object] = {"zeroing": ZEROINGS[0]}
+"""The fields that a checkpoint or a config.json holds only where they differ from this default, so that those
+from before the field was there stay as they are."""
 
 _FIELDS = {
     "dms_predictor": "predictor",
@@ -31,6 +36,7 @@ _FIELDS = {
     "dms_alpha_per": "granularity",
     "dms_window_size": "window",
     "dms_lag": "lag",
+    "dms_zeroing": "zeroing",
     "dms_alpha_scale": "alpha_scale",
     "dms_initial_alpha_offset": "alpha_offset",
     "dms_tau": "temperature",
@@ -97,6 +103,12 @@ class DecisionSettings:
         "tokens after a pair at which it is judged: 1 as in the released checkpoints, 0 as in the paper's "
         "text, equal to the window for immediate eviction, the paper's inferior ablation",
     )
+    zeroing: str = _setting(
+        ZEROINGS[0],
+        "where the borrowed channel is set to zero: before RoPE and again after it, so that it takes no part "
+        "in attention, or before RoPE only, as FastDMS's runtime does: RoPE then mixes channel D/2-1 into it",
+        choices=ZEROINGS,
+    )
     temperature: float = _setting(0.1, "temperature of the relaxed decision, > 0 (section 3)")
     importance_scale: float = _setting(
         1.0,
@@ -121,6 +133,11 @@ class DecisionSettings:
             0 <= self.lag <= self.window + 1, "lag", f"between 0 and window + 1 = {self.window + 1}"
         )
         self._require(self.temperature > 0, "temperature", "> 0")
+        if self.predictor == "linear" and self.zeroing != ZEROINGS[0]:
+            raise ValueError(
+                f"{self.name_of('zeroing')} is {self.zeroing!r} with the linear predictor, which borrows no "
+                "channel; remove it"
+            )
         self._require(self.importance_scale > 0, "importance_scale", "> 0")
 
     @classmethod
@@ -134,13 +151,18 @@ class DecisionSettings:
 
     @classmethod
     def stored_names(cls, method: str) -> tuple[str, ...]:
-        """Return the fields that `args.dms` of an imported model holds; without `method`, a model evicts."""
-        names = tuple(item.name for item in fields(DecisionSettings) if item.name not in MERGING_FIELDS)
+        """Return the fields that `args.dms` must hold; without `method`, a model evicts."""
+        left_out = {*MERGING_FIELDS, *LATER_FIELDS}
+        names = tuple(item.name for item in fields(DecisionSettings) if item.name not in left_out)
         return names + (MERGING_FIELDS if method == "merge" else ())
 
     def stored(self) -> dict[str, object]:
         """Return the settings as `args.dms` of an imported model holds them."""
-        return {name: getattr(self, name) for name in self.stored_names(self.method)}
+        names = (*self.stored_names(self.method), *self._changed_later_fields())
+        return {name: getattr(self, name) for name in names}
+
+    def _changed_later_fields(self) -> list[str]:
+        return [name for name, default in LATER_FIELDS.items() if getattr(self, name) != default]
 
 
 @dataclass(frozen=True)
@@ -202,11 +224,9 @@ class DMSSettings(DecisionSettings):
 
     def to_entries(self) -> dict[str, Any]:
         """Return the config.json keys that `from_entries` reads back to this object."""
-        return {
-            key: getattr(self, name)
-            for key, name in _FIELDS.items()
-            if self.method == "merge" or name not in MERGING_FIELDS
-        }
+        left_out = set(LATER_FIELDS) - set(self._changed_later_fields())
+        left_out |= set() if self.method == "merge" else set(MERGING_FIELDS)
+        return {key: getattr(self, name) for key, name in _FIELDS.items() if name not in left_out}
 
 
 def _predictor(dms: Mapping[str, Any]) -> str:

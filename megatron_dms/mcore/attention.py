@@ -129,8 +129,8 @@ class DMSCoreAttention(MegatronModule):
             attention_mask: not used. The mask is causal, padding is on the right, and DMS makes the rest.
             packed_seq_params: the microbatch.
         """
-        # RoPE has mixed channel D/2 - 1 into the borrowed channel, so that one is faded a second time.
-        query, key = self.borrowed.fade(query, key, packed_seq_params.fade)
+        if self.dms.zeroing == "around_rope":  # RoPE has mixed channel D/2 - 1 into the borrowed channel
+            query, key = self.borrowed.fade(query, key, packed_seq_params.fade)
         query, key, value = self.exchange.to_whole_sequence(query, key, value)
         value, raw, further = self._unpack(value)
         decided = self._decide(raw, packed_seq_params)

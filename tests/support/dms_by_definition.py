@@ -87,7 +87,8 @@ def reference(model: PreTrainedModel, ids_T: Tensor) -> Reference:
             for i in range(len(heads)):
                 keep = torch.ones(HEAD_SIZE).double()
                 keep[-1] = 0.0 if i in lent else 1.0
-                heads[i] = rotate(heads[i] * keep) * keep
+                again = keep if getattr(config, "dms_zeroing", "around_rope") == "around_rope" else 1.0
+                heads[i] = rotate(heads[i] * keep) * again
         rows, settings = range(T), (config.dms_window_size, config.dms_lag)
         hidden = [
             [[key > query or is_gone(head, key, query, *settings) for key in rows] for query in rows]

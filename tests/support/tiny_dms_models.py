@@ -23,6 +23,7 @@ def tiny_config(
     window: int = 3,
     lag: int = 1,
     offset: float = -0.5,
+    zeroing: str = "around_rope",
     **changes: object,
 ) -> PretrainedConfig:
     """Return the config of a model with GQA, head size 16 and three layers.
@@ -30,6 +31,7 @@ def tiny_config(
     Its scale and offset let a good half of the pairs be evicted.
     """
     decisions = {"predictor": predictor, "granularity": granularity, "window": window, "lag": lag}
+    decisions |= {"zeroing": zeroing}
     settings = DMSSettings(**decisions, alpha_scale=1.0, alpha_offset=offset, target_cr=4.0)
     entries = config_entries(family, settings)
     family_changes = {"mistral": {"sliding_window": None}}.get(family, {})

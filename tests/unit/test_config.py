@@ -19,6 +19,7 @@ OTHER: dict[str, Any] = {
     "alpha_offset": 2.5,
     "window": 16,
     "lag": 0,
+    "zeroing": "around_rope",  # the linear predictor has no other, see test_zeroing_before_rope_only
     "temperature": 0.5,
     "final_cr": 4.0,
     "steps_per_cr": 12.5,
@@ -39,7 +40,7 @@ OTHER: dict[str, Any] = {
     "importance_scale": 1.0,
     "importance_offset": 0.0,
 }
-DEFAULT_IN_OTHER = {"zeroing_steps", "method", "importance_scale", "importance_offset"}
+DEFAULT_IN_OTHER = {"zeroing_steps", "zeroing", "method", "importance_scale", "importance_offset"}
 MERGE = {
     **{"method": "merge", "predictor": "key_channel", "window": 0},
     **{"importance_scale": 2.0, "importance_offset": 0.5},
@@ -48,6 +49,7 @@ RUN_FIELDS = {"attention_backend", "attention_threshold", "fuse_output_layer", "
 RUN_FIELDS |= {"resume_on_other_samples"}
 RUN_FIELDS |= {"start_limit", "step_limit", "save_limit", "heartbeat_limit"}
 MODEL_FIELDS = {"predictor", "granularity", "alpha_scale", "alpha_offset", "window", "lag", "temperature"}
+MODEL_FIELDS |= {"zeroing"}
 MODEL_FIELDS |= {"method", "importance_scale", "importance_offset"}
 
 
@@ -60,7 +62,14 @@ def test_the_defaults() -> None:
     every run."""
     assert asdict(DMSConfig()) == {
         **{"predictor": "query_channel", "granularity": "head", "alpha_scale": 100.0, "alpha_offset": 5.0},
-        **{"window": 256, "lag": 1, "temperature": 0.1, "final_cr": 8.0, "steps_per_cr": 100.0},
+        **{
+            "window": 256,
+            "lag": 1,
+            "zeroing": "around_rope",
+            "temperature": 0.1,
+            "final_cr": 8.0,
+            "steps_per_cr": 100.0,
+        },
         **{"anneal": "cr", "compression_weight": 1.0, "kl": "teacher_student", "zeroing_steps": 0},
         **{"train": "all", "teacher": None, "kl_temperature": 1.0},
         **{"fuse_output_layer": False, "attention_backend": "auto", "attention_threshold": -40.0},
@@ -277,7 +286,9 @@ def test_against_a_checkpoint(name: str, resuming: bool) -> None:
     what the model means nothing without. Catches: a field left out of the comparison, a schedule that may not
     be changed by --finetune, a back-end that may not change."""
     config = DMSConfig()
-    other = ({"zeroing_steps": 7} | MERGE if name in DEFAULT_IN_OTHER else OTHER)[name]
+    other = ({"zeroing_steps": 7, "zeroing": "before_rope"} | MERGE if name in DEFAULT_IN_OTHER else OTHER)[
+        name
+    ]
     stored = config.to_dict() | {name: other}
     if name in RUN_FIELDS or (not resuming and name not in MODEL_FIELDS):
         config.check_against(stored, resuming)
@@ -306,3 +317,16 @@ def test_a_checkpoint_that_does_not_say_what_it_does_evicts() -> None:
     """Catches: a checkpoint from before there was merging, of which a run makes a merged one in silence."""
     with pytest.raises(ValueError, match=r"--dms-method is merge, .* with evict"):
         DMSConfig(**MERGE).check_against({"window": 0}, resuming=True)
+
+
+def test_zeroing_before_rope_only() -> None:
+    """Catches: the setting ignored on the command line, taken for a predictor that borrows no channel, not
+    compared with a checkpoint that leaves it out (which then means around RoPE)."""
+    found = dms_config_from_args(parser().parse_args(["--dms-zeroing", "before_rope", "--dms-lag", "0"]))
+    assert (found.zeroing, found.lag) == ("before_rope", 0)
+    with pytest.raises(ValueError, match="--dms-zeroing is 'before_rope' with the linear predictor"):
+        DMSConfig(zeroing="before_rope", predictor="linear")
+    with pytest.raises(ValueError, match="--dms-zeroing is before_rope, but the checkpoint was trained with"):
+        found.check_against({"lag": 0}, resuming=False)
+    with pytest.raises(ValueError, match=r"--dms-zeroing is around_rope, .* use --dms-zeroing before_rope"):
+        DMSConfig(lag=0).check_against({"lag": 0, "zeroing": "before_rope"}, resuming=False)

@@ -22,7 +22,7 @@ from megatron_dms.conversion_options import CARD, LAYOUT_SIZES
 from megatron_dms.errors import CheckpointError
 from megatron_dms.formats.megatron_folder import RELEASE
 from megatron_dms.formats.tensor_rows import same_bits
-from megatron_dms.hf.configuration_dms import DMSSettings
+from megatron_dms.hf.configuration_dms import LATER_FIELDS, DMSSettings
 
 LAYOUTS = {name: Layout(tp, pp) for name, (tp, pp) in LAYOUT_SIZES.items()}
 """The layouts at which logits are compared, by the names that the command line gives them."""
@@ -131,10 +131,11 @@ def _check_same_dms(hf: DMSSettings | None, megatron: Mapping[str, object] | Non
             f"the {with_dms} checkpoint has DMS and the {without} checkpoint has none; compare a trained "
             "checkpoint with its export, or a base model with its import"
         )
-    for name, value in hf.stored().items():
-        if name != "temperature" and megatron.get(name) != value:
+    stored = {**LATER_FIELDS, **megatron}
+    for name, value in {**LATER_FIELDS, **hf.stored()}.items():
+        if name != "temperature" and stored.get(name) != value:
             raise CheckpointError(
-                f"DMS setting {name} is {value!r} in the HF checkpoint and {megatron.get(name)!r} in the "
+                f"DMS setting {name} is {value!r} in the HF checkpoint and {stored.get(name)!r} in the "
                 "Megatron checkpoint, expected the same"
             )
 

@@ -62,7 +62,9 @@ def test_a_dms_checkpoint_comes_back_byte_for_byte(name: str, tmp_path: Path) ->
     args = checkpoint_args(tmp_path / "megatron")
     expected = {"alpha_scale": 100.0, "alpha_offset": 5.0, "window": 16, "lag": 1, "temperature": 0.1}
     predictor = "linear" if name == "nvidia linear" else "query_channel"
-    assert args.dms == expected | {"predictor": predictor, "granularity": "head"}
+    # FastDMS's own code judges pair t by token t, and its runtime zeroes the channel before RoPE only
+    fastdms = {"lag": 0, "zeroing": "before_rope"} if name == "fastdms" else {}
+    assert args.dms == expected | {"predictor": predictor, "granularity": "head"} | fastdms
     assert args.dms_reached_cr == 8
     export_hf(tmp_path / "megatron", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(source)
@@ -94,8 +96,13 @@ def test_every_format_into_every_other(name: str, dms_format: str, tmp_path: Pat
     source = SOURCES[name](tmp_path / "hf")
     import_hf(source, tmp_path / "megatron")
     out = tmp_path / "out"
-    if name == "nvidia linear" and dms_format == "fastdms":
-        with pytest.raises(CheckpointError, match="fastdms knows only predictor 'query_channel'"):
+    cannot_say = {
+        ("nvidia linear", "fastdms"): "fastdms knows only predictor 'query_channel'",
+        ("nvidia query_channel", "fastdms"): "fastdms knows only lag 0",
+        ("fastdms", "nvidia"): "nvidia knows only lag 1",
+    }
+    if (name, dms_format) in cannot_say:
+        with pytest.raises(CheckpointError, match=cannot_say[name, dms_format]):
             export_hf(tmp_path / "megatron", out, dms_format=dms_format)
         assert not out.exists()
         return
@@ -115,6 +122,9 @@ def test_every_format_into_every_other(name: str, dms_format: str, tmp_path: Pat
     assert config["model_type"] in (("llama_dms", "qwen3_dms") if own_type else ("llama", "qwen3"))
     if before.format != dms_format:
         assert ("Nothing says so." in (out / "README.md").read_text()) != own_type
+    assert config.get("dms_zeroing") == (
+        "before_rope" if (name, dms_format) == ("fastdms", FORMATS[0]) else None
+    )
     import_hf(out, tmp_path / "again")
     export_hf(tmp_path / "again", tmp_path / "twice", dms_format=before.format)
     assert found_in(tmp_path / "twice") == before
@@ -133,9 +143,11 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path) -> None:
     for iteration, (change, dms_format, message) in enumerate(
         [
             ({"lag": 0}, "nvidia", "knows only lag 1"),
+            ({"zeroing": "before_rope"}, "nvidia", "knows only zeroing 'around_rope'"),
             ({"predictor": "key_channel"}, "nvidia", "no key_channel"),
             ({"granularity": "layer"}, "fastdms", "knows only granularity 'head'"),
-            ({"lag": 2}, "fastdms", "knows only lag 1"),
+            ({"lag": 1}, "fastdms", "knows only lag 0"),
+            ({"lag": 0}, "fastdms", "knows only zeroing 'before_rope'"),
         ]
     ):
         rewrite(megatron, {}, {"dms": {**fields, **change}}, iteration=iteration + 1)
@@ -152,6 +164,8 @@ def drop_metadata_key(folder: Path, key: str) -> None:
     (folder / "dms_metadata.json").write_text(json.dumps({"config": values}))
 
 
+ENTRIES = {"dms_window_size": 16, "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0, "dms_cr": 8}
+
 BAD = {
     # message: (source, damage)
     "window_size'] under config": ("fastdms", lambda d: drop_metadata_key(d, "window_size")),
@@ -164,9 +178,12 @@ BAD = {
     ),
     "says window 32, but dms_metadata.json says 16": (
         "fastdms",
-        lambda d: edit_config(
-            d, dms_window_size=32, dms_alpha_scale=100.0, dms_initial_alpha_offset=5.0, dms_cr=8
-        ),
+        lambda d: edit_config(d, **{**ENTRIES, "dms_window_size": 32}, dms_lag=0, dms_zeroing="before_rope"),
+    ),
+    "says lag 1, but dms_metadata.json means lag 0": ("fastdms", lambda d: edit_config(d, **ENTRIES)),
+    "says zeroing 'around_rope', but dms_metadata.json means zeroing 'before_rope'": (
+        "fastdms",
+        lambda d: edit_config(d, **ENTRIES, dms_lag=0),
     ),
     "dms_alpha_scale, dms_initial_alpha_offset missing": (
         "fastdms",

@@ -30,6 +30,21 @@ def test_forward_is_the_definition(family, setting):
         assert difference < 1e-4
 
 
+@pytest.mark.parametrize("predictor", ["query_channel", "key_channel"])
+@torch.no_grad()
+def test_zeroing_before_rope_only_is_the_definition(predictor: str) -> None:
+    """FastDMS's runtime does so. Catches: the setting not read, or read the wrong way round. (Logits of both
+    settings must differ, or the test shows nothing.)"""
+    model = tiny_model("llama", predictor=predictor, lag=0, zeroing="before_rope")
+    around = tiny_model("llama", predictor=predictor, lag=0)
+    ids_BT = random_tokens(1, 23)
+    found = model(ids_BT, use_cache=False).logits[0]
+    expected = reference(model, ids_BT[0])
+    assert expected.margin > 1e-5
+    assert (found - expected.logits).abs().max() < 1e-4
+    assert (found - around(ids_BT, use_cache=False).logits[0]).abs().max() > 1e-2
+
+
 @torch.no_grad()
 def test_untrained_linear_predictor_is_the_base_model():
     """Catches dms_proj_alpha not starting at 0, and any change to attention where nothing is evicted."""
