@@ -207,7 +207,8 @@ def _chains(said: list[list[int]], model: Any, tokenizer: Any) -> list[Chain]:
         ended = tokens[-1] in ends
         chains.append(
             Chain(
-                text=tokenizer.decode(tokens, skip_special_tokens=True),
+                # Many tokenizers would take spaces before punctuation away, those of programs too.
+                text=tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                 tokens=len(tokens),
                 ended=ended,
                 loops=not ended and loops(tokens),

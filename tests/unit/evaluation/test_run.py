@@ -4,9 +4,12 @@ import json
 import shutil
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_dms.evaluation import runner
 from megatron_dms.provenance import made_by
@@ -280,12 +283,25 @@ def test_a_model_without_an_end_of_text() -> None:
             )
             evicted_fraction, peak_bytes, dense_bytes = 0.0, 0, 0
 
-    class Tokenizer:
-        decode = staticmethod(lambda ids, skip_special_tokens: f"{ids}")
+    class Decoder:
+        decode = staticmethod(lambda ids, skip_special_tokens, clean_up_tokenization_spaces: f"{ids}")
 
-    chains = runner._chains([[5, 0], [6, 0]], Model, Tokenizer)
+    chains = runner._chains([[5, 0], [6, 0]], Model, Decoder)
     assert [(chain.text, chain.ended) for chain in chains] == [("[5, 0]", False), ("[6]", False)]
     assert runner._batch(0, 1, 1.0, Model).decided == 3
+
+
+def test_kept_answers_keep_their_spaces() -> None:
+    """Catches: a tokenizer that cleans up spaces when it decodes, as Llama 3's do, in answers that are
+    kept."""
+    pieces = Tokenizer(models.WordLevel({"print('a": 0, " ,": 1, " b": 2, " .": 3, " !')": 4}))
+    pieces.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, clean_up_tokenization_spaces=True)
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    stats = SimpleNamespace(generated_tokens=[5], kv_reads=[1.0], dense_kv_reads=[1], peak_tokens=[1.0])
+    model = SimpleNamespace(last_kv_stats=stats, generation_config=SimpleNamespace(eos_token_id=9))
+    (chain,) = runner._chains([[0, 1, 2, 3, 4]], model, tokenizer)
+    assert chain.text == "print('a , b . !')"
 
 
 def test_help_needs_no_torch() -> None:
