@@ -5,7 +5,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.evaluation.answers import integer_answer, last_box, math_answer, math_equal, math_gold
+from megatron_dms.evaluation.answer_numbers import integer_answer, number_of, stated_number
+from megatron_dms.evaluation.answer_text import last_boxes, visible
+from megatron_dms.evaluation.answers import math_answer, math_equal, math_gold
 from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of
 from megatron_dms.evaluation.tasks.source import Dataset
 from megatron_dms.evaluation.tasks.task import Problem, Task, ask, grades_of
@@ -94,23 +96,21 @@ def gsm8k(source: Path | None, limit: int | None, tokenizer: Any = None) -> Task
 def number_answer(text: str) -> str | None:
     r"""Return the number that a generated text gives as its answer.
 
-    The answer is the only number in the last box. Without a box, it is the number after the last "answer is",
-    "answer:" or "####". A unit (in words or in \text{}), a currency and thousands separators are left out; of
-    "5 + 13 = 18", only the part after the last "=" is read. A number that is merely mentioned is not an
-    answer (see `integer_answer`).
+    The answer is the number in the last box. Without a box, it is the number after the last "answer is",
+    "answer:" or "####". Words, a unit, a currency, a per cent sign and thousands separators are left out; of
+    "5 + 13 = 18", only the part after the last "=" is read. A number within a formula is not an answer, nor
+    is one that is merely mentioned (see `integer_answer`); thoughts do not count.
 
     Returns:
         the number without separators, leading zeros and trailing zeros after the decimal point: equal numbers
         are equal texts. None if the box has no number or several numbers, such as a fraction.
     """
-    content = last_box(text)
-    if content is None:
-        stated = r"(?:(?i:\banswer)[*_]*\s*(?:is\b:?|[:=])|####)[*_\s]*"
-        found = re.findall(rf"{stated}(?:\\?\$|\\\()*\s*({_NUMBER})", text)
-        return _plain(found[-1]) if found else None
-    content = re.sub(r"\\[,!;: ]|\{,\}", lambda mark: "," if mark[0] == "{,}" else "", content)
-    numbers = re.findall(_NUMBER, content.rsplit("=", 1)[-1])
-    return _plain(numbers[0]) if len(numbers) == 1 else None
+    text = visible(text)
+    boxes = last_boxes(text)
+    if len(boxes) > 1:
+        return None
+    number = number_of(boxes[0], words=True) if boxes else stated_number(text, words=True)
+    return None if number is None else _plain(number)
 
 
 def _plain(number: str) -> str | None:

@@ -53,6 +53,27 @@ def test_degenerate_text_takes_no_time() -> None:
 
 
 EQUAL = [
+    ("1, -2", r"\boxed{1} and \boxed{-2}"),
+    ("1, -2", r"Either $x = \boxed{1}$ or $x = \boxed{-2}$."),
+    ("(1, 2), (3, 4)", "\\[\\boxed{(3, 4)}\\]\n and \n\\[\\boxed{(1, 2)}\\]"),
+    ("2", r"\boxed{1}, \boxed{2}, so the sum of both is \boxed{3}, less one: \boxed{2}"),
+    ("7", r"\boxed{7}. \boxed{7}"),
+    ("7", r"<think>\boxed{8}</think>\boxed{7}"),
+    ("7", "The answer is $\\mathbf{7}$, as claimed."),
+    ("9/4", r"\boxed{2\ 1/4}"),
+    ("9/4", r"\boxed{2¼}"),
+    (r"\frac{5}{11}", r"\boxed{0.\overline{45}}"),
+    (r"\frac{5}{6}", r"\boxed{0.8\overline{3}}"),
+    (r"\frac{\pi}{6}", r"\boxed{\pi/6\approx 0.52}"),
+    ("43_6", r"\boxed{43_{\text{six}}}"),
+    ("43_6", r"\boxed{43 \text{ base } 6}"),
+    ("2 - 3i", r"\boxed{-3\mathit{i} + 2}"),
+    ("(2, 5)", r"\boxed{x = 2, y = 5}"),
+    ("x^2 - y = 3", r"\boxed{y = x^2 - 3}"),
+    (r"\frac{1}{2}", r"\boxed{{1 \over 2}}"),
+    (r"\pi", r"\boxed{3.141593}"),
+    ("5", r"\boxed{m + n = 5}"),
+    (r"[2, \infty)", r"\boxed{x \ge 2}"),
     (r"\frac{1}{2}", r"\boxed{0.5}"),
     ("1/2", r"I get \boxed{\dfrac12}."),
     (r"$\frac{2}{4}$", r"\boxed{1/2}"),
@@ -77,6 +98,31 @@ EQUAL = [
     (r"\boxed{42}", "Of the 7 numbers, $40 + 2 = 42$ is right."),
 ]
 DIFFERENT = [
+    ("3", r"\boxed{3}, \boxed{4}"),
+    ("3", r"\boxed{3 \text{ or } 4}"),
+    ("3", r"\boxed{\lnot 3}"),
+    ("3", r"\boxed{3 \pmod 7}"),
+    ("3", r"\boxed{3 \text{ dozen}}"),
+    ("3", r"\boxed{\text{at least } 3}"),
+    ("10", r"\boxed{9 \text{ ft } 10 \text{ in}}"),
+    (r"\{x \mid x > 2\}", r"\boxed{\{x \mid x > 3\}}"),
+    ("10^{-30}", r"\boxed{0}"),
+    (r"\frac{1}{300!}", r"\boxed{\frac{1}{301!}}"),
+    ("2^{900}", r"\boxed{2^{900} + 1}"),
+    (r"\pi", r"\boxed{3.14159}"),
+    (r"\frac{1}{4}", r"\boxed{2 1/4}"),
+    ("43_6", r"\boxed{43_7}"),
+    ("43_6", r"\boxed{43}"),
+    ("43", r"\boxed{43_6}"),
+    ("2", r"\boxed{2 - 3\mathrm{i}}"),
+    ("5 \\text{ cm}", r"\boxed{5 \text{ m}}"),
+    ("x = 5", r"\boxed{y = 5}"),
+    ("5", r"\boxed{-x = 5}"),
+    ("9", r"\boxed{x^2 + y^2 = 9}"),
+    ("(1, 2)", r"\boxed{1 < x < 2}"),
+    ("(2, 5)", r"\boxed{x = 5, y = 2}"),
+    (r"\frac{a}{bc}", r"\boxed{a/bc}"),
+    ("|x|", r"\boxed{x}"),
     (r"\frac{1}{3}", r"\boxed{0.33}"),
     ("[0,1]", r"\boxed{(0,1)}"),
     (r"\{1, 2\}", r"\boxed{\{1, 2, 3\}}"),
@@ -123,20 +169,34 @@ def test_comparison_is_limited() -> None:
     assert time.perf_counter() - start < 4
 
 
+def test_a_vote_over_unreadable_answers_takes_no_time() -> None:
+    """Catches: an answer that is worked out anew for each pair, or that is too large to be worked out."""
+    start = time.perf_counter()
+    texts = [rf"\boxed{{{n}^{{9^{{9^{{9}}}}}}}}" for n in range(30)] + [r"\boxed{7}"] * 30
+    texts += [rf"\boxed{{({n} + 2^{{99999}})!}}" for n in range(10)] + [r"\boxed{e^{e^{e^{e^{e}}}}}"] * 10
+    classes = answer_classes([math_answer(text) for text in texts], math_equal)
+    assert classes[30:60] == [30] * 30 and classes[70:] == [70] * 10
+    assert len(set(classes[2:30] + classes[60:70])) == 38
+    assert time.perf_counter() - start < 10
+
+
 def test_other_threads_are_refused() -> None:
-    """Catches: the docstring, once Math-Verify does without signals; an answer lost silently in a thread."""
+    """Catches: the docstring, once Math-Verify does without signals; an answer lost silently in a thread.
+    Boxes need no Math-Verify."""
     raised: list[BaseException] = []
+    boxed: list[MathAnswer | None] = []
 
     def work() -> None:
         try:
-            math_answer(r"\boxed{1}")
+            boxed.append(math_answer(r"\boxed{1}"))
+            math_answer("So 1 it is.")
         except ValueError as error:
             raised.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert "thread" in str(raised[0])
+    assert "thread" in str(raised[0]) and boxed == [math_answer(r"\boxed{1}")]
 
 
 def test_classes_of_mathematics() -> None:
@@ -160,6 +220,29 @@ def test_classes_without_transitivity() -> None:
 
 
 LETTERS = [
+    ("Answer: `C`", "C"),
+    ("Answer: “C”.", "C"),
+    ("答案 Answer\uff1a(C)", "C"),
+    (r"Answer: \(\mathbf{C}\)", "C"),
+    ("<final_answer> C </final_answer>", "C"),
+    (r"\boxed{\text{Choice C}}", "C"),
+    (r"\boxed{\bf (C)}", "C"),
+    (r"\boxed{C - Oslo}", "C"),
+    (r"\boxed{C \text{ is right}}", "C"),
+    (r"\boxed C", "C"),
+    ("So **C** is the right option.", "C"),
+    ("Option (D) is correct.", "D"),
+    ("A few words.\n(C) 9.81", "C"),
+    ("(A) 4\n(B) 5", None),
+    ("The answer is not B but D.", "D"),
+    ("I would choose C.", "C"),
+    ("<think>The answer is (A).</think>Hm.", None),
+    ("The answer is (A).</think>The answer is (B).", "B"),
+    ("The answer is (B). <think>Or is the answer (A)?", "B"),
+    (r"\boxed{A} and \boxed{B}", None),
+    (r"\boxed{B}, \boxed{B}", "B"),
+    ("The answer is A/B", None),
+    ("The answer is A, B", None),
     ("The answer is (C)", "C"),
     ("the correct answer is: B.", "B"),
     ("**Answer:** D", "D"),
@@ -216,6 +299,27 @@ def test_more_letters() -> None:
 
 
 INTEGERS = [
+    (r"\boxed{\mathbf{204}}", 204),
+    (r"\boxed{\textstyle 204}", 204),
+    (r"\boxed{\color{blue}{204}.}", 204),
+    (r"\boxed{(204)}", 204),
+    (r"\boxed{204 people}", 204),
+    (r"\boxed 204.", 204),
+    (r"\boxed{２０４}", 204),
+    (r"The answer is $\textbf{204}$.", 204),
+    (r"\boxed{2 04}", None),
+    (r"\boxed{204!}", None),
+    (r"\boxed{204\%}", None),
+    (r"The answer is $204$%.", None),
+    ("The answer is 204 percent.", None),
+    ("The answer is 2:04", None),
+    ("The answer is 200 to 204", None),
+    ("The answer is 204. The answer is correct.", 204),
+    (r"\boxed{203}, \boxed{204}", None),
+    (r"\boxed{204} = \boxed{204}", 204),
+    (r"<think>\boxed{204}, no", None),
+    (r"[THINK]\boxed{203}[/THINK]\boxed{204}", 204),
+    (r"\boxed{203}</think>\boxed{204}", 204),
     (r"\boxed{073}", 73),
     (r"\boxed{000}", 0),
     (r"\boxed{999}", 999),
