@@ -17,7 +17,8 @@ def test_rewritings_are_right_and_near_misses_are_wrong() -> None:
     assert len(GOLDS) >= 120 and len(REWRITINGS) >= 8 and not lost and not mistaken
     page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     said = re.search(
-        r"grades\s+(\d+)\s+answers .*?([\d,]+)\s+of\s+([\d,]+)\s+rewritings .*?(\d+)\s+of\s+([\d,]+)\s+near misses",
+        r"grades\s+(\d+)\s+answers .*?([\d,]+)\s+of\s+([\d,]+)\s+rewritings .*?"
+        r"(\d+)\s+of\s+([\d,]+)\s+near misses",
         page,
         re.DOTALL,
     )
