@@ -16,9 +16,9 @@ TRANSFORMERS_4_TESTS = tests/unit/hf \
 	tests/unit/conversion/test_dms_formats.py::test_an_export_in_both_config_formats_runs
 
 .DEFAULT_GOAL := help
-# Processes that share the unit tests; each file's tests stay in one of them.
+# Processes that share the tests; each file's tests stay in one of them.
 WORKERS ?= 2
-UNIT = "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST = "$(PY)" -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: help install test test-fast test-unit test-ranks test-transformers-4 demo site lint format clean
 
@@ -54,17 +54,17 @@ test: lint
 	$(MAKE) test-transformers-4
 
 test-fast: install
-	$(UNIT) -m "not slow" tests/unit
+	$(PYTEST) -m "not slow" tests/unit
 
 test-unit: install
-	$(UNIT) --durations=20 tests/unit
+	$(PYTEST) --durations=20 tests/unit
 
 test-ranks: install
-	"$(PY)" -m pytest -q --durations=15 --ignore=tests/unit tests
+	$(PYTEST) --durations=15 --ignore=tests/unit tests
 
 test-transformers-4: install $(TRANSFORMERS_4)/.installed
 	PYTHONPATH="$(CURDIR)/$(TRANSFORMERS_4)" TRANSFORMERS_PINS=$(TRANSFORMERS_4_PINS) \
-		$(UNIT) --durations=5 $(TRANSFORMERS_4_TESTS)
+		$(PYTEST) --durations=5 $(TRANSFORMERS_4_TESTS)
 
 $(TRANSFORMERS_4)/.installed: $(TRANSFORMERS_4_PINS) | install
 	rm -rf "$(@D)"

@@ -152,7 +152,7 @@ class DMSAttention(nn.Module):
         # Attention over pages has neither dropout nor a gradient, not even for the pair of this token.
         by_pages = not dropout and not (torch.is_grad_enabled() and q_BHTD.requires_grad)
         pairs = store.extend(k_BGTD, v_BGTD, evict_BGT, new, by_pages)
-        bytes_per_pair = (k_BGTD.shape[-1] + v_BGTD.shape[-1]) * k_BGTD.element_size()
+        bytes_per_pair = sum(x.shape[-1] * x.element_size() for x in (k_BGTD, v_BGTD))
         meter.record_storage(layer, store.held_BG, bytes_per_pair, store.kv_bytes, store.bookkeeping_bytes)
         if pairs is None:
             return store.attend(q_BHTD, self.scaling)

@@ -53,6 +53,7 @@ class DMSCache(Cache):
         self._seen_B = torch.zeros(0, dtype=torch.int64)  # changes in place
         self.copies = 1
         self.columns = 0
+        self.autocast: torch.dtype | None = None  # of the forwards so far
         self.follows_beams = (
             False  # whether the rows are the beams of a beam search, in the search's own order
         )

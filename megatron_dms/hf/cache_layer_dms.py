@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from .page_attention_dms import page_attention
-from .pages_dms import PagePool
+from .pages_dms import PagePool, bytes_of
 from .sparse_attention_dms import NewTokens, ReadablePairs, arriving_marks, held_after
 
 
@@ -84,10 +84,11 @@ class DMSCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(k_BGTD, v_BGTD)
-        if k_BGTD.dtype != self.dtype:
+        held, given = (self.dtype, self.pool.values_PSD.dtype), (k_BGTD.dtype, v_BGTD.dtype)
+        if held != given:
             raise ValueError(
-                f"this DMS cache holds {self.dtype}, the new keys are {k_BGTD.dtype}: one cache, one type; "
-                "keep autocast as it was, or start a new cache"
+                f"this DMS cache holds keys and values in {held}, the new ones are {given}: one cache, one "
+                "type; start a new cache"
             )
         pairs = None
         # The columns are counted last: a layer whose forward failed half-way then lags behind the cache.
@@ -224,7 +225,7 @@ class DMSCacheLayer(CacheLayerMixin):
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes of everything else: page owners, slots and marks."""
-        return self.pool.bookkeeping_bytes + self.slot_NW.nbytes + self.marked_NW.nbytes
+        return self.pool.bookkeeping_bytes + bytes_of(self.slot_NW) + bytes_of(self.marked_NW)
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """transformers 5 passes the number of new tokens, 4.57 their positions [T]."""

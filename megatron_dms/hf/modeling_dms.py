@@ -47,6 +47,7 @@ from .page_kernel_dms import attend_pages_triton  # noqa: F401
 from .pages_dms import PagePool  # noqa: F401
 from .refusals_dms import (
     max_positions,
+    refuse_cache_in_checkpointing,
     refuse_chunks_of_padding,
     refuse_continuation,
     refuse_foreign_cache,
@@ -55,6 +56,7 @@ from .refusals_dms import (
     refuse_hidden_past,
     refuse_length,
     refuse_merging,
+    refuse_other_autocast,
     refuse_outputs,
     refuse_packed,
     refuse_positions,
@@ -99,6 +101,7 @@ class DMSForCausalLM(CausalLM):
         """The name in PAGE_ATTENTION (page_attention_dms.py) of the implementation that new caches use."""
         self._dms_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings, self._attention_class)
+        self._freeze_predictor()
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
         self.model.register_forward_hook(repeat_rows, with_kwargs=True)
         if self.dms_settings.disable_eviction:
@@ -127,7 +130,14 @@ class DMSForCausalLM(CausalLM):
                     f"{problem.replace('_keys', '')} predictor tensors {tensors} for dms_predictor "
                     f"{model.dms_settings.predictor!r}: the weights and config.json are not of one export"
                 )
+        model._freeze_predictor()  # loading makes every parameter trainable
         return (model, info) if wants_info else model
+
+    def _freeze_predictor(self) -> None:
+        """Freeze the linear predictor: decisions are hard here, and DDP would wait for its gradient."""
+        for name, parameter in self.named_parameters():
+            if ".dms_proj_alpha" in name:
+                parameter.requires_grad_(False)
 
     @property
     def last_kv_stats(self) -> KVStats | None:
@@ -168,6 +178,7 @@ class DMSForCausalLM(CausalLM):
                 copies = first_of_equal_rows(inputs, cache, B, T)
                 B //= copies
             cache.refuse_other_batch(B)
+            refuse_other_autocast(cache, tokens.device.type)
             past = cache.get_seq_length()
         mask = inputs.get("attention_mask")
         real_BT = _real_tokens(mask, B, T, past, tokens.device)
@@ -197,18 +208,24 @@ class DMSForCausalLM(CausalLM):
         if isinstance(cache, DMSCache):
             cache.refuse_if_broken()
             refuse_foreign_cache(self, cache)
+            if self._recomputes:
+                refuse_cache_in_checkpointing()
             return cache
         if cache is None:
             use_cache = inputs.get("use_cache")
             use_cache = self.config.use_cache if use_cache is None else use_cache
-            recomputing = self.training and self.model.gradient_checkpointing
-            return self.make_cache() if use_cache and not recomputing else None
+            return self.make_cache() if use_cache and not self._recomputes else None
         if type(cache) is DynamicCache and cache.get_seq_length() == 0:
             return self.make_cache()
         raise TypeError(
             f"{CACHE_NAME} is a {type(cache).__name__}, expected None, model.make_cache() or an empty "
             "DynamicCache: a DMS model stores eviction decisions beside keys and values"
         )
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether layers run with gradient checkpointing, for which transformers takes their cache away."""
+        return self.training and self.model.gradient_checkpointing
 
     # ---- generate ----
 
@@ -260,9 +277,12 @@ class DMSForCausalLM(CausalLM):
     def generate_batch(self, *args, **kwargs) -> NoReturn:
         """Refuse transformers' continuous batching."""
         raise NotImplementedError(
-            "generate_batch and cache_implementation='paged' are not supported by DMS models: they bring a "
-            "paged cache of their own; use generate with a padded batch"
+            "continuous batching (generate_batch, transformers serve --continuous-batching) and "
+            "cache_implementation='paged' are not supported by DMS models: they bring a paged cache of their "
+            "own; use generate with a padded batch"
         )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 class CountingCriteria(StoppingCriteriaList):
@@ -341,7 +361,11 @@ class OnlyCausalLM:
             "load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
         )
 
-    from_config = _from_config = register_for_auto_class = from_pretrained
+    from_config = register_for_auto_class = from_pretrained
+
+
+# transformers 4 asks a class of remote code for this method, where transformers 5 registers the class first.
+OnlyCausalLM._from_config = OnlyCausalLM.from_pretrained  # type: ignore[attr-defined]
 
 
 def _real_tokens(mask: Tensor | None, B: int, T: int, past: int, device: torch.device) -> Tensor | None:

@@ -62,12 +62,12 @@ class PagePool:
     @property
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, empty slots included."""
-        return _bytes(self.keys_PSD) + _bytes(self.values_PSD)
+        return bytes_of(self.keys_PSD) + bytes_of(self.values_PSD)
 
     @property
     def bookkeeping_bytes(self) -> int:
         """Bytes of everything else."""
-        return sum(map(_bytes, self.state)) - self.kv_bytes
+        return sum(map(bytes_of, self.state)) - self.kv_bytes
 
     def write(self, slot_X: Tensor, key_XD: Tensor, value_XD: Tensor) -> None:
         """Write pairs into slots, without their gradients: autograd does not allow the writes in place."""
@@ -203,7 +203,7 @@ class PagePool:
         return slot_MW
 
 
-def _bytes(x: Tensor) -> int:
+def bytes_of(x: Tensor) -> int:
     """The same as x.nbytes, which torch.compile cannot trace once a size has changed."""
     return x.numel() * x.element_size()
 

@@ -79,6 +79,28 @@ def refuse_length(limit: int, columns: int, mask: Tensor | None) -> None:
         )
 
 
+def refuse_other_autocast(cache: DMSCache, device_type: str) -> None:
+    """Refuse a forward that would bring keys and values of another type, before its tokens count."""
+    now = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if cache.columns and cache.autocast != now:
+        raise ValueError(
+            f"this DMS cache was begun with autocast to {cache.autocast}, this forward has {now} (None: no "
+            "autocast): one cache, one type; keep autocast as it was, or start a new cache"
+        )
+    cache.autocast = now
+
+
+def refuse_cache_in_checkpointing() -> None:
+    """
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "gradient checkpointing is on and the model is in train mode: transformers then takes the cache away "
+        "from the layers; call model.eval(), or pass use_cache=False"
+    )
+
+
 def refuse_continuation(cache: DMSCache, generation_config) -> None:
     """Refuse a `generate` on a cache that does not hold the beginning of the text, row by row."""
     if cache.get_seq_length() == 0:

@@ -7,6 +7,7 @@ it would save again. On one machine, a second run is refused while the first is 
 import json
 import os
 import socket
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from megatron_dms.errors import CheckpointError
 from megatron_dms.files import write_durably
 
 OWNER = "owner.json"
+_POLL = 0.05  # seconds
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Owner:
     pid: int
     process: str
     """What tells this process from a later one with the same pid."""
+    rendezvous: str
+    """Where the ranks of the run meet: the same on all of them, and of one living run only."""
     started: str
     """UTC."""
 
@@ -51,7 +55,7 @@ class Owner:
                 f"started {found.get('started')}; end that run, or choose another folder"
             )
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        owner = cls(str(save), uuid.uuid4().hex, host, pid, _process(pid) or "", now)
+        owner = cls(str(save), uuid.uuid4().hex, host, pid, _process(pid) or "", _rendezvous(), now)
         save.mkdir(parents=True, exist_ok=True)
         write_durably(save / OWNER, json.dumps(asdict(owner)))
         return owner
@@ -68,6 +72,28 @@ class Owner:
                 f"another run has taken the folder over: process {found.get('pid')} on {found.get('host')}, "
                 f"started {found.get('started')}"
             )
+
+
+def wait_for_claim(save: Path, seconds: float) -> None:
+    """Wait until rank 0 of this run owns the folder: another rank may touch files there only then.
+
+    If rank 0 is refused, the launcher ends this process meanwhile.
+
+    Raises:
+        CheckpointError: rank 0 did not claim the folder in time.
+    """
+    end = time.monotonic() + seconds
+    while _read(save / OWNER).get("rendezvous") != _rendezvous():
+        if time.monotonic() > end:
+            raise CheckpointError(
+                f"rank 0 did not write {save / OWNER} within {seconds:.0f} s, or this node does not see the "
+                "file; do all nodes share --save?"
+            )
+        time.sleep(_POLL)
+
+
+def _rendezvous() -> str:
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
 
 
 def _read(path: Path) -> dict[str, object]:

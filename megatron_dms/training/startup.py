@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from megatron_dms.training.weights import Weights
 
 
+_CLAIM_WAIT = 300.0  # seconds: ranks start at different times, and imports from a network disk take long
+
+
 @dataclass(frozen=True)
 class Run:
     """What a command line asks for, and the weights that it names."""
@@ -219,7 +222,7 @@ def open_outputs(run: Run) -> "Owner | None":
     from megatron_dms.training.run_log import mirror_metrics, open_run_log
 
     args = run.args
-    owner = _owner_of(Path(args.save)) if args.rank == 0 and args.save else None
+    owner = _take_folder(args) if args.save else None
     with _refusals_in_one_line():
         mirror = open_run_log(args, run.start.iteration if run.continues else 0)
         set_global_variables(args)
@@ -231,11 +234,17 @@ def open_outputs(run: Run) -> "Owner | None":
     return owner
 
 
-def _owner_of(save: Path) -> "Owner":
-    from megatron_dms.resilience.ownership import Owner
+def _take_folder(args: Namespace) -> "Owner | None":
+    """Take the folder of --save on rank 0; the rank that writes the logs there waits for rank 0."""
+    from megatron_dms.resilience.ownership import Owner, wait_for_claim
 
+    save = Path(args.save)
     try:
-        return Owner.claim(save)
+        if args.rank == 0:
+            return Owner.claim(save)
+        if args.rank == args.world_size - 1:
+            wait_for_claim(save, _CLAIM_WAIT)
+        return None
     except CheckpointError as error:
         raise StartupError(str(error), one_rank=True) from error
     except OSError as error:

@@ -199,6 +199,12 @@ TOUCHES = [
         "_from_config",
     ),
     Touch(
+        "hf/modeling_dms.py",
+        "transformers.modeling_utils:PreTrainedModel._from_config",
+        "(cls, config, **kwargs)",
+        "_from_config",
+    ),
+    Touch(
         "hf/refusals_dms.py",
         "transformers.configuration_utils:PreTrainedConfig._attn_implementation",
         "source: self._attn_implementation",

@@ -78,7 +78,7 @@ def test_export_runs_without_the_package(
     and weights that do not come back."""
     model, ids_BT = tiny_model(family, predictor=PREDICTORS[family]), random_tokens(2, 13)
     export(model, tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == f"{family}_dms"
     loaded = loaded_without_the_package[family]
     assert loaded["module"].startswith("transformers_modules.")
     assert loaded["class"] == type(model).__name__
@@ -127,7 +127,7 @@ def test_config_entries_read_back(model_type, predictor):
     module, class_name = entries["auto_map"]["AutoModelForCausalLM"].split(".")
     assert f"{module}.py" in {file.name for file in export_files()}
     assert entries["architectures"] == [class_name]
-    assert getattr(modeling_dms, class_name).config_class.model_type == model_type
+    assert getattr(modeling_dms, class_name).config_class.model_type == f"{model_type}_dms"
     assert entries["dms_separate_alpha"] == (predictor == "linear")
     assert json.loads(json.dumps(entries)) == entries
     assert DMSSettings.from_entries(entries) == DMSSettings(**(SETTINGS | {"predictor": predictor}))

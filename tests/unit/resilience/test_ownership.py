@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dms.errors import CheckpointError
-from megatron_dms.resilience.ownership import OWNER, Owner, _process
+from megatron_dms.resilience.ownership import OWNER, Owner, _process, wait_for_claim
 
 
 @pytest.fixture
@@ -61,6 +61,16 @@ def test_the_run_that_started_last_owns_the_folder(tmp_path: Path) -> None:
     newer.check()
     with pytest.raises(CheckpointError, match=f"another run has taken the folder over: process {newer.pid}"):
         older.check()
+
+
+def test_another_rank_waits_for_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a rank that shortens the log of the run that is alive, before rank 0 is refused."""
+    monkeypatch.setenv("MASTER_PORT", "1")
+    Owner.claim(tmp_path)
+    wait_for_claim(tmp_path, 0.0)
+    monkeypatch.setenv("MASTER_PORT", "2")
+    with pytest.raises(CheckpointError, match="rank 0 did not write"):
+        wait_for_claim(tmp_path, 0.1)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
