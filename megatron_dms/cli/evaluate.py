@@ -4,6 +4,7 @@
     megatron-dms evaluate run     compare methods at budgets W-L-CR: accuracy against cost, table, report
     megatron-dms evaluate score   grade the samples of `run` again, without a model
 
+`run` and `score` of a code task execute the generated programs, in a sandbox.
 The Python files of a DMS checkpoint are run, as with trust_remote_code=True: evaluate only checkpoints that
 you trust. Nothing is downloaded, except the dataset by `run` without --data. Progress goes to stderr; stdout
 gets a table, and JSON on the last line. Bad input gives one line `error: ...` on stderr and exit status 2; an
@@ -41,6 +42,7 @@ from megatron_dms.inference.loading import (
 from megatron_dms.inference.prompts import read_prompts
 
 PROGRAM = "megatron-dms evaluate"
+_NO_SANDBOX = "let the generated programs of a code task run as this user, with network and files"
 _SAMPLING = {"temperature": 1.0, "top_p": 1.0, "seed": 0}  # of `cost`
 _RUN_SAMPLING = {"temperature": 0.6, "top_p": 0.95}
 
@@ -79,10 +81,12 @@ def _parser(program: str) -> Parser:
     again = "A second call goes on where the first one stopped."
     _add_run(commands.add_parser("run", help=text, description=f"{text}. {again}"))
     text = "grade the samples of `run` again, and write table, figures and report again"
-    score = commands.add_parser("score", help=text, description=text)
+    executes = "In code tasks, this executes the generated programs, in a sandbox."
+    score = commands.add_parser("score", help=text, description=f"{text}. {executes}")
     score.add_argument("--out", type=Path, required=True, metavar="OUT", help="the --out folder of `run`")
     text = "where the task's data is now (default: where it was)"
     score.add_argument("--data", type=Path, metavar="PATH", help=text)
+    score.add_argument("--no-sandbox", action="store_true", help=_NO_SANDBOX)
     return parser
 
 
@@ -94,6 +98,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     text = "an option of the task, such as since=2024-08-01; may be repeated"
     add("--task-option", type=_option, action="append", default=[], metavar="NAME=VALUE", help=text)
     text = f"some of {','.join(METHODS)}: vanilla runs the budgets with CR 1, the others all other budgets"
+    add("--no-sandbox", action="store_true", help=_NO_SANDBOX)
     add("--methods", type=_list_of(str), required=True, metavar="LIST", help=text)
     text = "W-L-CR,...: number of chains, most generated tokens of a chain, compression ratio"
     add("--budgets", type=_list_of(_budget), required=True, metavar="LIST", help=text)
@@ -193,14 +198,17 @@ def _run(options: argparse.Namespace) -> None:
         if len(dict(pairs)) < len(pairs):
             raise ValueError(f"{name} is given twice for the same name")
 
-    from megatron_dms.evaluation.evaluation_run import EvaluationRun, Models, TaskChoice
+    from megatron_dms.evaluation.evaluation_run import EvaluationRun, Models, TaskChoice, without_sandbox
     from megatron_dms.evaluation.runner import run_evaluation
     from megatron_dms.inference.generation import Sampling
 
     given = {name: value for name in _RUN_SAMPLING if (value := getattr(options, name)) is not None}
+    task_options = dict(options.task_option)
+    if options.no_sandbox:
+        task_options = without_sandbox(options.task, task_options)
     asked = EvaluationRun(
         runs=runs,
-        task=TaskChoice(options.task, _data(options), options.limit, dict(options.task_option)),
+        task=TaskChoice(options.task, _data(options), options.limit, task_options),
         models=Models(
             options.model, dict(options.dms), options.dtype, options.device, options.page_attention
         ),
@@ -220,7 +228,7 @@ def _score(options: argparse.Namespace) -> None:
     from megatron_dms.evaluation.results import score
     from megatron_dms.evaluation.scoring import table
 
-    results = score(options.out, _data(options), say)
+    results = score(options.out, _data(options), say, not options.no_sandbox)
     print(table(results.pop("table")))
     print("accuracy: majority vote (code: any chain), in % with 95 % intervals; costs: of one problem")
     print(json.dumps({"out": str(options.out), **results}, allow_nan=False))

@@ -1,39 +1,34 @@
 """Run generated Python programs against tests, each test in a process of its own under limits.
 
-What this does NOT protect against: it is not a sandbox. The program runs as the same user and sees the file
-system and the network. It can read, change or delete whatever that user can; it can leave its process group
-(setsid) and outlive its time limit; it can write many files, each within the limit; it can forge a result.
-The limits stop accidents: endless loops, too much memory or output, and fork bombs (but not of root, whom the
-kernel does not limit). If you do not trust a model, run its programs in a container without network and
-without anything of value.
+Each program runs in a sandbox (code_sandbox.py), if the system allows one: without network, environment and
+other processes, with a root that can only be read. Files outside the user's home can be read. Without a
+sandbox, a program runs as the same user: it can read, change or delete whatever that user can, read the
+evaluator's environment, use the network and leave processes behind. Then the limits stop accidents only, and
+`check_code` refuses to run unless it is told otherwise. A program can forge its own result in either case.
 
 Linux only.
 """
 
 import json
 import os
-import re
 import select
 import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_dms.evaluation import code_driver
+from megatron_dms.evaluation import code_driver, code_sandbox
+from megatron_dms.evaluation.code_blocks import extract_code
 
-# No line within a block begins with a fence: such a line opens another block, and the first block was cut.
-_FENCE = re.compile(
-    r"^[ \t]*```[ \t]*([\w+-]*)[^\n`]*\n((?:(?![ \t]*```)[^\n]*\n)*)[ \t]*```[ \t\r]*$", re.MULTILINE
-)
-_PYTHON_TAGS = ("python", "python3", "py")
+WITHOUT_SANDBOX = "run in a container that has one, or give --no-sandbox to run them as this user"
 _DETAIL_CHARACTERS = 2000
 
 
@@ -97,22 +92,12 @@ class Result:
     """The end of standard error, or what the program printed or returned instead."""
 
 
-def extract_code(text: str) -> str | None:
-    """Return the last fenced block tagged python (python3, py), or else the last block without a tag.
-
-    A block that is never closed does not count, for example where the text was cut.
-    """
-    blocks = [(tag.lower(), textwrap.dedent(body)) for tag, body in _FENCE.findall(text)]
-    tagged = [body for tag, body in blocks if tag in _PYTHON_TAGS]
-    untagged = [body for tag, body in blocks if not tag]
-    return next((found[-1] for found in (tagged, untagged) if found), None)
-
-
 def check_code(
     text: str,
     tests: Sequence[StdinTest | CallTest],
     limits: Limits | None = None,
     python: str = sys.executable,
+    sandbox: bool = True,
 ) -> Result:
     """Run the program in a generated text against all tests, until one fails.
 
@@ -121,23 +106,35 @@ def check_code(
         tests: at least one.
         limits: the limits of each test.
         python: the interpreter; the program can import whatever is installed for this interpreter.
+        sandbox: False runs the program as this user, with all that this user may do.
 
     Raises:
-        ValueError: there are no tests.
+        ValueError: there are no tests, or a sandbox is wanted and the system allows none.
     """
     if not tests:
         raise ValueError("found no tests, expected at least one: nothing would be checked")
+    if sandbox and (refusal := sandbox_refusal(python)):
+        raise ValueError(f"{refusal}; {WITHOUT_SANDBOX}")
+    allow_long_numbers()
     code = extract_code(text)
     if code is None:
         return Result(Verdict.NO_CODE)
     for index, test in enumerate(tests):
-        verdict, detail = _run_test(code, test, limits or Limits(), python)
+        verdict, detail = _run_test(code, test, limits or Limits(), python, sandbox)
         if verdict is not Verdict.PASSED:
             return Result(verdict, index, detail)
     return Result(Verdict.PASSED)
 
 
-def _run_test(code: str, test: StdinTest | CallTest, limits: Limits, python: str) -> tuple[Verdict, str]:
+def allow_long_numbers() -> None:
+    """Let this process read and write whole numbers of as many digits as the programs may have."""
+    if 0 < sys.get_int_max_str_digits() < code_driver.MOST_DIGITS:
+        sys.set_int_max_str_digits(code_driver.MOST_DIGITS)
+
+
+def _run_test(
+    code: str, test: StdinTest | CallTest, limits: Limits, python: str, sandbox: bool
+) -> tuple[Verdict, str]:
     with (
         tempfile.TemporaryDirectory(prefix="dms_code_", ignore_cleanup_errors=True) as name,
         tempfile.TemporaryFile() as stdin,
@@ -153,7 +150,7 @@ def _run_test(code: str, test: StdinTest | CallTest, limits: Limits, python: str
         else:
             stdin.write(test.stdin.encode("utf-8"))
             stdin.seek(0)
-        status = _run(folder, limits, python, stdin, stdout, stderr)
+        status = _run(folder, limits, python, sandbox, stdin, stdout, stderr)
         error = _tail(stderr)
         if status is None or status == -signal.SIGXCPU:
             return Verdict.TIMEOUT, error
@@ -174,7 +171,13 @@ def _run_test(code: str, test: StdinTest | CallTest, limits: Limits, python: str
 
 
 def _run(
-    folder: Path, limits: Limits, python: str, stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes]
+    folder: Path,
+    limits: Limits,
+    python: str,
+    sandbox: bool,
+    stdin: IO[bytes],
+    stdout: IO[bytes],
+    stderr: IO[bytes],
 ) -> int | None:
     """Return the exit status, negative for a signal; None if the wall time ran out."""
     resources = {
@@ -185,7 +188,14 @@ def _run(
         "CORE": 0,
     }
     child = subprocess.Popen(
-        [python, "-I", "-B", code_driver.__file__, json.dumps(resources)],
+        [
+            python,
+            "-I",
+            "-B",
+            code_driver.__file__,
+            json.dumps(resources),
+            *(_sandbox(python) if sandbox else ()),
+        ],
         cwd=folder,
         # One thread, because each thread of BLAS reserves address space.
         env={"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "OPENBLAS_NUM_THREADS": "1"},
@@ -207,7 +217,34 @@ def _run(
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-    return child.returncode if in_time else None
+    if not in_time:
+        return None
+    # Out of a sandbox a signal comes as 128 and its number, as from a shell.
+    return 128 - child.returncode if sandbox and 128 < child.returncode <= 192 else child.returncode
+
+
+@cache
+def _sandbox(python: str) -> tuple[str]:
+    """Return the driver's argument that describes the sandbox."""
+    command = "import json, sys; print(json.dumps([sys.prefix, sys.base_prefix, *sys.path]))"
+    done = subprocess.run([python, "-I", "-c", command], capture_output=True, text=True, check=True)
+    kept = [path for path in json.loads(done.stdout) if os.path.isdir(path)]
+    home = os.path.realpath(os.path.expanduser("~"))
+    homes = [
+        path for path in dict.fromkeys([home, "/home", "/root"]) if path != "/" and os.access(path, os.X_OK)
+    ]
+    shown = [os.path.realpath(path) for path in kept] + kept
+    return (json.dumps({"code": code_sandbox.__file__, "homes": homes, "kept": sorted(set(shown), key=len)}),)
+
+
+@cache
+def sandbox_refusal(python: str = sys.executable) -> str | None:
+    """Return why this system allows no sandbox, in one line; None if it does."""
+    verdict, detail = _run_test("print(1)", StdinTest("", "1"), Limits(), python, True)
+    if verdict is Verdict.PASSED:
+        return None
+    reason = (detail.splitlines() or [str(verdict)])[-1]
+    return f"found no sandbox for generated programs ({reason}), expected Linux 5.12 with user namespaces"
 
 
 def _tail(file: IO[bytes]) -> str:

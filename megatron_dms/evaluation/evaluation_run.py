@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_dms.evaluation.budgets import Run
-from megatron_dms.evaluation.tasks import Task, load_task
+from megatron_dms.evaluation.tasks import EXECUTING, Task, load_task
 from megatron_dms.inference.checkpoints import read_config
 from megatron_dms.inference.loading import check_exported
 
 if TYPE_CHECKING:
     from megatron_dms.inference.generation import Sampling
+
+
+def without_sandbox(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a task whose programs are to run as this user.
+
+    Raises:
+        ValueError: the task executes no programs.
+    """
+    if name not in EXECUTING:
+        raise ValueError(f"--no-sandbox has no effect: task {name} executes no programs")
+    return {**options, "sandbox": "none"}
 
 
 @dataclass(frozen=True)

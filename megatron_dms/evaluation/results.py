@@ -7,11 +7,12 @@ OUT/report.html       figures, table, settings
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_dms.evaluation.budgets import Budget
-from megatron_dms.evaluation.evaluation_run import TaskChoice, problems_mark
+from megatron_dms.evaluation.evaluation_run import TaskChoice, problems_mark, without_sandbox
 from megatron_dms.evaluation.samples import (
     SETTINGS,
     Sample,
@@ -28,14 +29,15 @@ from megatron_dms.provenance import made_by
 _KINDS = {"task": (str,), "data": (str, type(None)), "limit": (int, type(None)), "task_options": (dict,)}
 
 
-def score(out: Path, data: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def score(out: Path, data: str | None, say: Callable[[str], None], sandbox: bool = True) -> dict[str, Any]:
     """Grade all samples in `out`, and write results.json, problems.jsonl and report.html.
 
     Runs that are not complete are left out and named, and so are runs that were to compress and did not.
 
     Args:
         data: where the task's data is now; None if it did not move.
-        say: gets a line for each run that is left out.
+        say: gets a line for each run that is left out, and one if generated programs are executed.
+        sandbox: False executes the programs of a code task as this user, with all that this user may do.
 
     Returns:
         the content of results.json, and under "table" the MethodScores of its rows.
@@ -50,8 +52,13 @@ def score(out: Path, data: str | None, say: Callable[[str], None]) -> dict[str, 
     if data is not None:
         settings["data"] = data
     choice = _choice(settings, f"{out}/{SETTINGS}")
+    # Whether programs may run without a sandbox is asked for anew at each call.
+    options = {name: value for name, value in choice.options.items() if name != "sandbox"}
+    choice = replace(choice, options=options if sandbox else without_sandbox(choice.name, options))
     measures = choice.name.startswith("ruler")  # the texts of these tasks are made to a length in tokens
     task = choice.load(load_tokenizer(_first_model(settings, out)) if measures else None)
+    if task.notice:
+        say(task.notice)
     if problems_mark(task) != settings.get("problems"):
         raise ValueError(
             f"the problems of {choice.name} are not those of the samples: {problems_mark(task)}, expected "

@@ -96,6 +96,8 @@ def prepare(asked: EvaluationRun, say: Callable[[str], None]) -> PreparedRun:
     tokenizers = {folder: load_tokenizer(folder) for folder in asked.models.folders.values()}
     tokenizer = next(iter(tokenizers.values()))
     task = asked.task.load(tokenizer)
+    if task.notice:
+        say(task.notice)
     prompts = _same_prompts(asked.task.name, task, tokenizers)
     hashes = {folder: fingerprint(folder, say) for folder in tokenizers}
     settle(asked.out, asked.settings(task, prompts, hashes))

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from megatron_dms.evaluation.tasks.task import Graded, Grades, Problem, Task
 
-__all__ = ["TASKS", "Graded", "Grades", "Problem", "Task", "load_task"]
+__all__ = ["EXECUTING", "TASKS", "Graded", "Grades", "Problem", "Task", "load_task"]
 
 # Task: the module with the function of the same name that loads the task.
 _MODULES = {
@@ -35,6 +35,8 @@ _MODULES = {
     "tiny_reasoner": "tiny_reasoner",
 }
 TASKS = tuple(_MODULES)
+EXECUTING = ("livecodebench",)
+"""Tasks whose grading executes generated programs."""
 _WORDS = {date: "a day as YYYY-MM-DD", int: "a whole number", str: "a text"}  # the first match counts
 
 

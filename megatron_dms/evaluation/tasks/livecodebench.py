@@ -11,7 +11,8 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.evaluation.code_answers import Verdict, check_code, extract_code
+from megatron_dms.evaluation.code_answers import WITHOUT_SANDBOX, Verdict, check_code, sandbox_refusal
+from megatron_dms.evaluation.code_blocks import extract_code
 from megatron_dms.evaluation.tasks.code_tests import CodeTests
 from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of, read_rows
 from megatron_dms.evaluation.tasks.source import data_files, find_files, unreachable
@@ -26,6 +27,14 @@ INSTRUCTION = (
 FROM_INPUT = "Write a Python program that reads from standard input and prints the answer to standard output."
 FROM_STARTER = "Write Python code that completes this starter code; keep its names and arguments:"
 
+_NOTICES = {
+    "required": "grading executes the generated programs, each in a sandbox without network",
+    "none": (
+        "grading executes the generated programs WITHOUT a sandbox, as this user: with its files, the "
+        "evaluator's environment and the network"
+    ),
+}
+
 
 def livecodebench(
     source: Path | None,
@@ -36,6 +45,7 @@ def livecodebench(
     until: str | date | None = None,
     release: int | None = None,
     workers: int = 1,
+    sandbox: str = "required",
 ) -> Task:
     """Load LiveCodeBench.
 
@@ -45,10 +55,11 @@ def livecodebench(
         since, until: first and last day of the contests as YYYY-MM-DD; both days are included.
         release: number of files to take, 1 to 6; None for all files in the folder, and for 6 from the hub.
         workers: number of programs that run at a time. More workers than free cores make programs time out.
+        sandbox: "required", or "none" to run the programs as this user (see code_answers.py).
 
     Raises:
-        ValueError: an option is out of range, the source or a row is not as documented, or no contest lies
-            between the two days.
+        ValueError: an option is out of range, the source or a row is not as documented, no contest lies
+            between the two days, or a sandbox is required and the system allows none.
     """
     first, last = _day("since", since), _day("until", until)
     if first and last and first > last:
@@ -57,6 +68,10 @@ def livecodebench(
         raise ValueError(f"found release {release}, expected {RELEASES[0]} to {RELEASES[-1]}")
     if workers < 1:
         raise ValueError(f"found workers {workers}, expected at least 1")
+    if sandbox not in _NOTICES:
+        raise ValueError(f"found sandbox {sandbox!r}, expected one of {', '.join(_NOTICES)}")
+    if sandbox == "required" and (refusal := sandbox_refusal()):
+        raise ValueError(f"{refusal}; {WITHOUT_SANDBOX}")
 
     days: set[date] = set()
 
@@ -80,6 +95,8 @@ def livecodebench(
             f"{last or 'the last'}"
         )
 
+    sandboxed = sandbox == "required"
+
     def grade(problem: Problem, texts: Sequence[str]) -> Grades:
         programs = [extract_code(text) for text in texts]
         tests = problem.gold.unpack()
@@ -87,14 +104,16 @@ def livecodebench(
             program: text for program, text in zip(programs, texts, strict=True) if program is not None
         }
         with ThreadPoolExecutor(workers) as pool:
-            results = list(pool.map(lambda text: check_code(text, tests), distinct.values()))
+            results = list(
+                pool.map(lambda text: check_code(text, tests, sandbox=sandboxed), distinct.values())
+            )
         passed = {
             program: result.verdict is Verdict.PASSED
             for program, result in zip(distinct, results, strict=True)
         }
         return grades_of(programs, lambda program: passed[program])
 
-    return Task("livecodebench", False, problems, grade)
+    return Task("livecodebench", False, problems, grade, _NOTICES[sandbox])
 
 
 def _files(source: Path | None, release: int | None) -> Iterator[Path]:

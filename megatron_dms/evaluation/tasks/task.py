@@ -58,6 +58,8 @@ class Task:
     correct; this is for code, because programs cannot be compared."""
     problems: list[Problem]
     grader: Callable[[Problem, Sequence[str]], Grades]
+    notice: str | None = None
+    """A line to say before anything starts: what grading does beyond reading texts."""
 
     def grade(self, problem: Problem, texts: Sequence[str]) -> Grades:
         """Grade all chains of one problem. Mathematics is graded in the main thread only (see answers.py).

@@ -16,6 +16,7 @@ from megatron_dms.evaluation.code_answers import (
     Verdict,
     check_code,
     extract_code,
+    sandbox_refusal,
 )
 
 SHORT = Limits(wall_seconds=5.0, cpu_seconds=2, memory_bytes=512 << 20, file_bytes=1 << 20)
@@ -25,8 +26,12 @@ def fenced(code: str) -> str:
     return f"Here it is:\n```python\n{code}\n```\nDone."
 
 
-def check(code: str, *tests: StdinTest | CallTest, limits: Limits = SHORT) -> Result:
-    return check_code(fenced(code), tests, limits)
+# Without a sandbox on this machine, the same must hold without one.
+SANDBOX = sandbox_refusal() is None
+
+
+def check(code: str, *tests: StdinTest | CallTest, limits: Limits = SHORT, sandbox: bool = SANDBOX) -> Result:
+    return check_code(fenced(code), tests, limits, sandbox=sandbox)
 
 
 def test_extract_code() -> None:
@@ -42,6 +47,71 @@ def test_extract_code() -> None:
     assert extract_code("```1 + 1```\nprose\n```\nb\n```") == "b\n"
     assert extract_code("```cpp\nint a;\n```") is None
     assert extract_code("print(1)") is None
+
+
+ADD = "a, b = map(int, input().split())\nprint(a + b)"
+BLOCKS = {
+    "text after the closing fence": f"```python\n{ADD}\n``` This runs in O(1).",
+    "more backquotes": f"`````python\n{ADD}\n`````",
+    "another tag": f"```Python3.11\n{ADD}\n```",
+    "a tag in braces": f"```{{.python}}\n{ADD}\n```",
+    "a tag with a file name": f"```py title=main.py\n{ADD}\n```",
+    "tildes": f"Here:\n~~~py\n{ADD}\n~~~",
+    "fence after a text": f"My program: ```python\n{ADD}\n```",
+    "fence at the end of a line": f"```python\n{ADD}``` ",
+    "opened, not closed": f"Here:\n```python\n{ADD}\n",
+    "closed, not opened": f"Here is the program:\n\n{ADD}\n```\n",
+    "marks of another kind": f"[PYTHON]\n{ADD}\n[/PYTHON]",
+    "HTML": f"<code>\n{ADD}\n</code>",
+    "LaTeX": f"\\begin{{lstlisting}}[language=Python]\n{ADD}\n\\end{{lstlisting}}",
+    "a fence in a string": f"```python\nx = '''\n```python\n1\n```\n'''\n{ADD}\n```",
+    "a session after it": f"```python\n{ADD}\n```\n```python\n>>> 1 + 1\n2\n```",
+    "a use after it": f"```python\n{ADD}\ndef f(x):\n    return x\n```\n```python\nprint(f(1))\n```",
+    "thoughts before it": f"<think>```python\nprint(0)\n```</think>```python\n{ADD}\n```",
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_fences_of_other_kinds(case: str) -> None:
+    """Catches: a fence that is not known, a fence in a program taken for the program's end, an example of
+    the program's use taken for the program."""
+    assert ADD in (extract_code(BLOCKS[case]) or "")
+
+
+def test_no_program() -> None:
+    """Catches: a draft in thoughts that were cut off, prose or half a program as a program, a later block
+    passed over because an earlier one gives a name that it imports itself."""
+    assert extract_code(f"<think>Perhaps\n```python\n{ADD}\n```\nNo, that is") is None
+    assert extract_code("I cannot.\n```\n") is None
+    assert extract_code("```python\nfor x in\n") is None
+    assert extract_code(
+        "```python\ndef gcd(a, b):\n    return 1\n```\n```python\nfrom math import gcd\ngcd(1, 2)\n```"
+    ) == ("from math import gcd\ngcd(1, 2)\n")
+
+
+def test_numbers_of_other_kinds() -> None:
+    """Catches: Python's limit of 4,300 digits in the program or in the comparison, NumPy's scalars and arrays
+    as no JSON, a name that LiveCodeBench's prelude gives."""
+    digits = "7" * 6000
+    assert check("print(int(input()) + 1)", StdinTest(digits, digits[:-1] + "8")).verdict == Verdict.PASSED
+    assert (
+        check("def f(x):\n    return x * 10**5000", CallTest("f", [3], 3 * 10**5000)).verdict
+        == Verdict.PASSED
+    )
+    assert check("def f(x):\n    return x", CallTest("f", [10**5000], 10**5000)).verdict == Verdict.PASSED
+    for returned, expected in (
+        ("numpy.int64(3)", 3),
+        ("numpy.float32(0.5)", 0.5),
+        ("numpy.bool_(True)", True),
+        ("[numpy.arange(2), (numpy.int8(1),)]", [[0, 1], [1]]),
+        ("{numpy.int64(1): numpy.str_('x')}", {"1": "x"}),
+    ):
+        code = f"import numpy\ndef f():\n    return {returned}"
+        limits = Limits(memory_bytes=4 << 30)
+        assert check(code, CallTest("f", [], expected), limits=limits) == Result(Verdict.PASSED), returned
+    assert check(
+        "print(timedelta(days=2).days, dumps([1]), StringIO('x').read())", StdinTest("", "2 [1] x")
+    ) == (Result(Verdict.PASSED))
 
 
 def test_stdin() -> None:
@@ -169,7 +239,7 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
     Catches: the group killed on a timeout only; a folder that is kept.
     """
     code = "import os, subprocess\nprint(subprocess.Popen(['sleep', '60']).pid, os.getcwd())"
-    pid, folder = check(code, StdinTest("", "")).detail.split()
+    pid, folder = check(code, StdinTest("", ""), sandbox=False).detail.split()
     assert not Path(folder).exists()
     deadline = time.monotonic() + 5
     while (state := _state(int(pid))) not in (None, "Z") and time.monotonic() < deadline:
