@@ -1,48 +1,67 @@
-"""One JSONL line → token ids and a loss mask.
+"""One row of input → token ids and a loss mask.
 
-Two kinds of line: {"messages": [{"role": …, "content": …}, …]} goes through the tokenizer's chat template,
-{"text": …} is tokenised as it stands and closed with the EOS token.
+A chat goes through the tokenizer's chat template; a text is tokenised as it stands and closed with the EOS
+token. megatron_dms/data/line_forms.py has the forms of rows.
 
 The assistant's part of a chat is found in the rendered text, in characters, and carried over to tokens by the
-tokenizer's offsets. The template's {% generation %} markers tell it; if the template has none, each prefix of
-the conversation is rendered. transformers' own return_assistant_tokens_mask reads the same markers, but if
-the last character of a span belongs to no token (a blank, for a tokenizer that drops blanks), it marks
+tokenizer's offsets. transformers' own return_assistant_tokens_mask reads the same {% generation %} markers,
+but if the last character of a span belongs to no token (a blank, for a tokenizer that drops blanks), it marks
 everything up to the end of the conversation, including the user's turns.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from typing import Any
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_dms.upstream.transformers_chat import render_with_spans
+from megatron_dms.data.chat_spans import Span, spans_of
+from megatron_dms.data.chat_template import ChatTemplate
+from megatron_dms.data.line_error import LineError
+from megatron_dms.data.line_forms import Chat, Text, parse
+
+__all__ = ["LOSS_ON", "Document", "DocumentEncoder", "LineError"]
 
 LOSS_ON = ("assistant", "all")
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the same pattern as transformers'
 
 
-class LineError(ValueError):
-    """A line that cannot be encoded; the message says what was found, what was expected and the fix."""
+class Document(NamedTuple):
+    """One encoded row."""
+
+    ids: np.ndarray
+    """[n] int32."""
+    mask: np.ndarray
+    """[n] uint8; 1 = the token counts as a prediction target."""
+    left_out: tuple[str, ...]
+    """What of the row is in no token, by name."""
 
 
 class DocumentEncoder:
-    """Encode lines with one tokenizer.
+    """Encode rows with one tokenizer.
 
     Args:
         tokenizer: directory of an HF tokenizer (or a hub name).
-        loss_on: "assistant" (the assistant's tokens with the end of the turn) or "all". In lines of text all
-            tokens count.
+        loss_on: "assistant" (the assistant's tokens with the end of the turn, or the completion) or "all". In
+            rows of text all tokens count.
         chat_template: a Jinja template that replaces the tokenizer's own.
+        fields: the columns to read: none (the known forms), one, or a prompt's and a completion's.
+        dropped: columns, and fields of messages, to leave out and count.
 
     Raises:
         ValueError: loss_on is unknown, the tokenizer cannot be loaded, or it cannot tell which characters a
             token came from.
     """
 
-    def __init__(self, tokenizer: str, loss_on: str = "assistant", chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: str,
+        loss_on: str = "assistant",
+        chat_template: str | None = None,
+        fields: tuple[str, ...] = (),
+        dropped: Iterable[str] = (),
+    ) -> None:
         from transformers import AutoTokenizer  # takes seconds to import
 
         if loss_on not in LOSS_ON:
@@ -65,166 +84,106 @@ class DocumentEncoder:
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         self.loss_on = loss_on
+        self.fields = fields
+        self.dropped = frozenset(dropped)
 
     @property
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return len(self.tokenizer)
 
-    def encode(self, line: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Encode one line.
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The template of chats."""
+        return ChatTemplate(self.tokenizer)
+
+    @cached_property
+    def _closing_ids(self) -> np.ndarray:
+        return np.asarray(sorted(self.template.closing_ids), np.int32)
+
+    def encode(self, row: bytes | dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode one row: a line of JSON, or the object that a line holds.
 
         Returns:
             ids [n] int32 and mask [n] uint8 (1 = the token counts as a prediction target).
 
         Raises:
-            LineError: the line is no document, or its loss mask cannot be told.
+            LineError: the row is no document, its chat template loses part of it, or its loss mask cannot be
+                told.
         """
-        document = _parse(line)
-        if "text" in document:
-            return self._encode_text(document["text"])
-        return self._encode_chat(document["messages"])
+        ids, mask, _ = self.encode_document(row)
+        return ids, mask
 
-    def _encode_text(self, text: Any) -> tuple[np.ndarray, np.ndarray]:
-        _require_text(text, '"text"')
+    def encode_document(self, row: bytes | dict[str, Any]) -> Document:
+        """Encode one row, and say what of the row is in no token.
+
+        Raises:
+            LineError: as `encode`.
+        """
+        parsed = parse(row, self.fields, self.dropped)
+        if isinstance(parsed.document, Text):
+            ids, mask = self._encode_text(parsed.document)
+            return Document(ids, mask, tuple(parsed.left_out))
+        return self._encode_chat(parsed.document, parsed.left_out)
+
+    def _encode_text(self, text: Text) -> tuple[np.ndarray, np.ndarray]:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise LineError(
                 "found a tokenizer without an EOS token, expected one to close the document; set eos_token"
             )
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if not ids or ids[-1] != eos:  # some tokenizers append it themselves
-            ids = [*ids, eos]
-        return np.asarray(ids, np.int32), np.ones(len(ids), np.uint8)
-
-    def _encode_chat(self, messages: Any) -> tuple[np.ndarray, np.ndarray]:
-        from jinja2.exceptions import TemplateError
-
-        messages = _checked_messages(messages)
-        if not self.tokenizer.chat_template:
-            raise LineError(
-                "found chat messages but a tokenizer without chat template; give --chat-template FILE"
-            )
-        try:
-            rendered, spans, exact = self._render(messages)
-        except TemplateError as error:
-            raise LineError(f"the chat template refuses these messages: {error}; mend them") from error
-        _check_nothing_dropped(messages, rendered)
-        # No special tokens: the template writes them into the text.
+        split = len(text.prompt)
         encoding = self.tokenizer(
-            rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            text.prompt + text.completion, return_offsets_mapping=bool(split), verbose=False
         )
         ids = np.asarray(encoding["input_ids"], np.int32)
-        if self.loss_on == "all":
-            return ids, np.ones(len(ids), np.uint8)
+        mask = np.ones(len(ids), np.uint8)
+        if split and self.loss_on == "assistant":
+            begin, end = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
+            mask = ((end > split) & (end > begin)).astype(np.uint8)
+        # Some tokenizers append EOS themselves, to a text that may end with EOS already.
+        count = len(ids)
+        while count and ids[count - 1] == eos:
+            count -= 1
+        ids, mask = np.append(ids[:count], np.int32(eos)), np.append(mask[:count], np.uint8(1))
+        return self._without_second_bos(ids, mask)
+
+    def _without_second_bos(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keep one BOS at the beginning: tokenizers and templates add one to a text that has one already."""
+        bos = self.tokenizer.bos_token_id
+        first = 0
+        while first + 2 < len(ids) and ids[first] == bos and ids[first + 1] == bos:
+            first += 1
+        return ids[first:], mask[first:]
+
+    def _encode_chat(self, chat: Chat, left_out: list[str]) -> Document:
+        rendered = self.template.render(chat)
+        spans = [] if self.loss_on == "all" else spans_of(self.template, rendered)
+        # No special tokens: the template writes them into the text.
+        encoding = self.tokenizer(
+            rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = np.asarray(encoding["input_ids"], np.int32)
+        mask = np.full(len(ids), self.loss_on == "all", np.uint8)
         begin, end = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
-        mask = np.zeros(len(ids), np.uint8)
-        for span_begin, span_end in spans:
-            inside = np.flatnonzero((begin < span_end) & (end > span_begin) & (begin < end))
-            # The model does not say what a template puts after the end of the turn (a newline, mostly).
-            if not exact:
-                closing = np.flatnonzero(ids[inside] == self.tokenizer.eos_token_id)
-                inside = inside[: closing[-1] + 1] if closing.size else inside
-            mask[inside] = 1
-        return ids, mask
+        for span in spans:
+            mask[self._inside(rendered.text, span, ids, begin, end)] = 1
+        return Document(*self._without_second_bos(ids, mask), (*left_out, *rendered.left_out))
 
-    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]], bool]:
-        """Render a chat.
+    def _inside(
+        self, text: str, span: Span, ids: np.ndarray, begin: np.ndarray, end: np.ndarray
+    ) -> np.ndarray:
+        """Return the positions of the tokens of a span.
 
-        Returns:
-            The text, the assistant's spans in characters, and whether the spans end exactly at the end of
-            the turn.
+        The model does not say what a template puts after the token that closes a turn (a newline, mostly).
+        That token need not be EOS: chats of ChatML end in <|im_end|> under tokenizers whose EOS is another.
         """
-        if self.loss_on == "all":
-            return self._apply(messages), [], True
-        template = self.tokenizer.get_chat_template()
-        if _GENERATION_MARKER.search(template):
-            return *render_with_spans(self.tokenizer, messages, template), True
-        rendered = self._apply(messages)
-        spans = []
-        for k, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            # A conversation that opens with the assistant has no prompt to render: its span begins at 0.
-            prompt = self._apply(messages[:k], add_generation_prompt=True) if k else ""
-            turn = self._apply(messages[: k + 1])
-            if not (turn.startswith(prompt) and rendered.startswith(turn)):
-                raise LineError(
-                    f"message {k}: found a chat template that changes a turn once others follow (by "
-                    "stripping earlier thoughts, mostly) or prompts for another one, expected each turn to "
-                    "continue its prompt and to stay; give --chat-template FILE with {% generation %} "
-                    "markers, or leave one assistant message per line"
-                )
-            spans.append((len(prompt), len(turn)))
-        return rendered, spans, False
-
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        assert isinstance(rendered, str)  # because tokenize=False
-        return rendered
-
-
-def _parse(line: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise LineError(
-            f"found bytes that are not UTF-8 ({error.reason}), expected UTF-8; convert the file"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise LineError(
-            f"found no JSON ({error.msg} at character {error.pos + 1}), expected one object per line; mend "
-            "or delete it"
-        ) from error
-    if not isinstance(document, dict):
-        raise LineError(
-            f"found a JSON {type(document).__name__}, expected an object; mend or delete the line"
-        )
-    if ("text" in document) == ("messages" in document):
-        keys = ", ".join(sorted(document)) or "none"
-        raise LineError(
-            f'found the fields {keys}, expected either "messages" or "text"; rename or drop a field'
-        )
-    return document
-
-
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Check the messages and drop their fields that are null, which templates would print as "None"."""
-    if not isinstance(messages, list) or not messages:
-        raise LineError(
-            f'"messages": found {type(messages).__name__ if messages != [] else "an empty list"}, expected a '
-            "list of {role, content}; mend or delete the line"
-        )
-    for k, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise LineError(
-                f'message {k}: found no "role", expected {{role, content}}; mend or delete the line'
-            )
-        _require_text(message.get("content"), f'"content" of message {k}')
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
-
-
-def _require_text(value: Any, name: str) -> None:
-    if not isinstance(value, str):
-        raise LineError(f"{name}: found {type(value).__name__}, expected a string; mend or delete the line")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair, which no tokenizer takes
-        raise LineError(
-            f"{name}: found half a surrogate pair, expected Unicode text; mend the line"
-        ) from error
-
-
-def _check_nothing_dropped(messages: list[dict[str, Any]], rendered: str) -> None:
-    """Refuse a template that leaves out what the assistant said (DeepSeek-R1's drops all up to </think>).
-
-    Blanks are not compared, because many templates strip or add blanks.
-    """
-    squeezed = "".join(rendered.split())
-    for k, message in enumerate(messages):
-        if message["role"] == "assistant" and "".join(message["content"].split()) not in squeezed:
-            raise LineError(
-                f"message {k}: found a chat template that leaves out part of the assistant's content "
-                "(thoughts up to </think>, mostly), expected all of it; give --chat-template FILE with one "
-                "that keeps it"
-            )
+        inside = np.flatnonzero((begin < span.end) & (end > span.begin) & (begin < end))
+        if span.exact:
+            return inside
+        closing = np.flatnonzero((begin[inside] >= span.tail) & np.isin(ids[inside], self._closing_ids))
+        if closing.size:
+            return inside[: closing[-1] + 1]
+        tail = text[span.tail : span.end]
+        stop = span.tail + (len(tail.rstrip()) or len(tail))
+        return inside[begin[inside] < stop]

@@ -19,13 +19,15 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
+from megatron_dms.data.chat_encoder import Document, DocumentEncoder
+from megatron_dms.data.input_files import Line, check_inputs, lines
+from megatron_dms.data.line_error import LineError
 from megatron_dms.data.token_files import loss_mask_prefix
 from megatron_dms.errors import DataError
 from megatron_dms.processes import end_with_parent
@@ -35,18 +37,7 @@ from megatron_dms.processes import end_with_parent
 _CHUNK_LINES = 64
 _CHUNKS_AHEAD = 2  # chunks out for each worker: one under way, one that waits
 
-Documents = list[tuple[np.ndarray, np.ndarray]]
-"""ids [n] int32 and mask [n] uint8 of each document."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of an input file."""
-
-    file: str
-    number: int
-    """Number of the line, from 1."""
-    text: bytes
+Documents = list[Document]
 
 
 @dataclass(frozen=True)
@@ -54,15 +45,19 @@ class PreprocessConfig:
     """Which files to read, how to encode them, and what to write."""
 
     inputs: tuple[str, ...]
-    """JSONL files, read in this order."""
+    """Files of JSON lines, a JSON array, parquet or Arrow, compressed or not; read in this order."""
     tokenizer: str
     """Directory of the HF tokenizer."""
     output_prefix: str
     """Path of the output without ".bin"; existing files of that name are replaced at the end."""
     loss_on: str = "assistant"
-    """Which tokens of a chat are prediction targets: "assistant" or "all"."""
+    """Which tokens of a chat, or of a prompt and completion, are prediction targets: "assistant" or "all"."""
     chat_template: str | None = None
     """A Jinja template (the text) in place of the tokenizer's own."""
+    fields: tuple[str, ...] = ()
+    """The columns to read: none (the known forms), one, or a prompt's and a completion's."""
+    drop_fields: tuple[str, ...] = ()
+    """Columns, and fields of messages, to leave out and count."""
     workers: int = 1
     """Number of processes that encode; 1 encodes in this process."""
     max_documents: int | None = None
@@ -75,6 +70,16 @@ class PreprocessConfig:
             raise ValueError(f"--workers: found {self.workers}, expected at least 1")
         if self.max_documents is not None and self.max_documents < 1:
             raise ValueError(f"--max-documents: found {self.max_documents}, expected at least 1")
+        if len(self.fields) > 2:
+            raise ValueError(
+                f"--field: found {len(self.fields)} columns, expected one, or a prompt's and a completion's"
+            )
+        if self.output_prefix.endswith(os.sep) or Path(self.output_prefix).is_dir():
+            name = Path(self.inputs[0]).name.split(".")[0] or "data"
+            raise ValueError(
+                f"--output-prefix: found the folder {self.output_prefix}, expected the beginning of file "
+                f"names, without .bin; give {Path(self.output_prefix) / name}"
+            )
 
 
 @dataclass
@@ -89,6 +94,8 @@ class Summary:
     """Tokens that training predicts: loss mask 1, the first token of each document left out."""
     skipped: int = 0
     """Documents left out because they hold no target token."""
+    not_in_tokens: dict[str, int] = field(default_factory=dict)
+    """In how many documents a column, or a field of messages, went into no token."""
 
 
 def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | None = None) -> Summary:
@@ -102,11 +109,11 @@ def preprocess(config: PreprocessConfig, progress: Callable[[Summary], None] | N
         ValueError: the tokenizer is unusable.
         OSError: a file cannot be read or written.
     """
-    for file in config.inputs:
-        if not Path(file).is_file():
-            raise DataError(f"{file}: found no such file, expected a JSONL file; check --input")
-    encoder = DocumentEncoder(config.tokenizer, config.loss_on, config.chat_template)
-    chunks = _chunks(_lines(config.inputs, config.max_documents))
+    check_inputs(config.inputs)
+    encoder = DocumentEncoder(
+        config.tokenizer, config.loss_on, config.chat_template, config.fields, config.drop_fields
+    )
+    chunks = _chunks(lines(config.inputs, config.max_documents))
     if config.workers == 1:
         encoded = _encode_here(encoder, chunks)
     else:
@@ -139,7 +146,7 @@ def _encode_chunk(encoder: DocumentEncoder, chunk: list[Line]) -> Documents:
     documents = []
     for line in chunk:
         try:
-            documents.append(encoder.encode(line.text))
+            documents.append(encoder.encode_document(line.text))
         except LineError as error:
             raise DataError(f"{line.file}:{line.number}: {error}") from error
     return documents
@@ -229,7 +236,9 @@ def _write(
     tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
     masks = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
     for documents in chain(first, encoded):
-        for ids, mask in documents:
+        for ids, mask, left_out in documents:
+            for name in set(left_out):
+                summary.not_in_tokens[name] = summary.not_in_tokens.get(name, 0) + 1
             targets = int(mask[1:].sum())
             if not targets:
                 summary.skipped += 1
@@ -259,26 +268,8 @@ def _publish(folder: Path, target: Path) -> None:
         os.replace(folder / name, target.parent / name)
 
 
-def _lines(files: Iterable[str], limit: int | None) -> Iterator[Line]:
-    """The lines that are not blank, at most `limit` of them."""
-    return islice(
-        (
-            Line(file, number, text)
-            for file in files
-            for number, text in enumerate(_raw_lines(file), start=1)
-            if text.strip()
-        ),
-        limit,
-    )
-
-
-def _raw_lines(file: str) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        yield from stream
-
-
-def _chunks(lines: Iterator[Line]) -> Iterator[list[Line]]:
-    while chunk := list(islice(lines, _CHUNK_LINES)):
+def _chunks(found: Iterator[Line]) -> Iterator[list[Line]]:
+    while chunk := list(islice(found, _CHUNK_LINES)):
         yield chunk
 
 

@@ -19,7 +19,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from megatron_dms.data import preprocess as preprocessing
 from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
+from megatron_dms.data.input_files import Line
+from megatron_dms.data.line_forms import Chat
 from megatron_dms.data.preprocess import PreprocessConfig, Summary, preprocess
 from megatron_dms.data.token_files import check_pair
 from megatron_dms.errors import DataError
@@ -101,7 +104,7 @@ def test_marked_spans_cover_what_the_public_call_renders(tokenizer_dir: str) -> 
     """
     turn = "{{ m.role }}: {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
     encoder = DocumentEncoder(tokenizer_dir, chat_template="{% for m in messages %}" + turn + "{% endfor %}")
-    text, _, _ = encoder._render(CHAT)
+    text = encoder.template.render(Chat(CHAT, [False] * 4)).text
     assert text == encoder.tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert text.count("<end>") == 4
 
@@ -130,14 +133,13 @@ def test_null_fields_are_left_out(tokenizer_dir: str) -> None:
 @pytest.mark.parametrize(
     ("template", "found"),
     [
-        (STRIPS_EARLIER, "expected each turn to continue its prompt"),
+        (STRIPS_EARLIER, "leaves out part"),
         (PROMPTS_OTHERWISE, "expected each turn to continue its prompt"),
         (STRIPS_ALWAYS, "leaves out part"),
     ],
 )
 def test_templates_that_lose_thoughts_are_refused(tokenizer_dir: str, template: str, found: str) -> None:
-    """Catches: either half of the prefix check removed (a wrong mask), the content check removed (no
-    thoughts)."""
+    """Catches: the check of the prompt removed (a wrong mask), the check of parts removed (no thoughts)."""
     thoughts = {"role": "assistant", "content": "<think> b </think> c"}
     # Said twice, so that what the earlier turn loses is still there for the content check.
     messages = [CHAT[0], thoughts, CHAT[2], thoughts]
@@ -340,18 +342,21 @@ def test_a_dead_worker_is_named(tokenizer_dir: str, tmp_path: Path) -> None:
     assert process.returncode == 2 and not list(out.iterdir())
 
 
-@pytest.mark.slow
-def test_a_fault_in_a_worker_names_its_lines(tokenizer_dir: str, tmp_path: Path) -> None:
-    """A template that fails with no error of its own. Catches: a traceback in place of the line, and
-    the words of a worker lost."""
-    template = tmp_path / "template.jinja"
-    template.write_text("{{ 1 + messages[0]['content'] }}")
-    chat = line(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    source = write_lines(tmp_path / "in.jsonl", *[chat] * 3)
-    words = ["--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out" / "data"]
-    done = run_tool("preprocess", *words, "--chat-template", template, "--workers", 2, process=True)
-    assert done.status == 2 and done.errors[-1].startswith(f"error: {source}:1: found a dead worker process")
-    assert "TypeError" in done.error and not list((tmp_path / "out").iterdir())
+def test_a_fault_in_a_worker_names_its_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fault that is none of a line's or a template's. Catches: a traceback in place of the line, and the
+    words of a worker lost."""
+
+    class Broken:
+        def encode_document(self, row: bytes) -> None:
+            raise RuntimeError("the tokenizer is broken")
+
+    monkeypatch.setattr(preprocessing, "_encoder", Broken())
+    chunk = [Line("in.jsonl", number, b"{}") for number in (1, 2)]
+    with pytest.raises(DataError, match=r"^in.jsonl:1: found a dead worker process .* up to in.jsonl:2,"):
+        preprocessing._encode_in_worker(chunk)
+    assert "RuntimeError: the tokenizer is broken" in capsys.readouterr().err
 
 
 @pytest.mark.slow
