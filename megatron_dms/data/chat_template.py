@@ -131,8 +131,10 @@ class ChatTemplate:
         self, chat: Chat, twin: dict[str, Any], parts: list[Part], **options: bool
     ) -> tuple[str, list[Place | None]]:
         """Render a chat with marks. Return the text without marks, and the place of each part."""
-        beside = {"tools": twin.get("tools"), "documents": twin.get("documents")}
-        return template_parts.locate(self._call(chat, twin["messages"], **beside, **options)[0], parts)
+        marked, _ = self._call(
+            chat, twin["messages"], tools=twin.get("tools"), documents=twin.get("documents"), **options
+        )
+        return template_parts.locate(marked, parts)
 
     def prompt(self, chat: Chat, count: int) -> str:
         """Return what a server gives the model before it says message `count`."""

@@ -157,8 +157,8 @@ TAIL = '{"city": "Bern", "days": 3}}\n</tool_call><|im_end|>'
         (templates.CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}",
          [USER, ANSWER, USER, ANSWER], "four.<|im_end|>four.<|im_end|>\n<|endoftext|>"),
         # No token closes a turn.
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }} END\n{% endfor %}"
-         "{% if add_generation_prompt %}assistant: {% endif %}", [USER, ANSWER, USER], "four. END"),
+        (("{% for m in messages %}{{ m.role }}: {{ m.content }} END\n{% endfor %}"
+          "{% if add_generation_prompt %}assistant: {% endif %}"), [USER, ANSWER, USER], "four. END"),
         (templates.CHATML, [USER, {**ANSWER, "weight": 0}, USER, ANSWER], "four.<|im_end|>"),
         (templates.CHATML, [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1}],
          "four.<|im_end|>"),
@@ -259,8 +259,10 @@ def test_variables_of_the_template(folder: str) -> None:
         ("{{ messages[7].content.x }}", "fails on the types of this line (UndefinedError:"),
         ("{{ 1 // (messages | length - 2) }}", "fails on the types of this line (ZeroDivisionError:"),
         (
-            "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
-            "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}{% endfor %}",
+            (
+                "{% for m in messages %}{{ m.role + ': ' + m.content }}{% for c in m.tool_calls or [] %}"
+                "{{ c.function.name + ' ' + c.function.arguments }}{% endfor %}{% endfor %}"
+            ),
             "fails on the types of this line (TypeError:",
         ),
         ("{% for %}", "found a chat template that is no Jinja"),
