@@ -157,6 +157,11 @@ class DocumentEncoder:
         return ids[first:], mask[first:]
 
     def _encode_chat(self, chat: Chat, left_out: list[str]) -> Document:
+        if chat.weighted and self.loss_on == "all":
+            raise LineError(
+                "found a message of weight 0 and --loss-on all, which counts all messages; give --loss-on "
+                "assistant, or --drop-field weight"
+            )
         rendered = self.template.render(chat)
         spans = [] if self.loss_on == "all" else spans_of(self.template, rendered)
         # No special tokens: the template writes them into the text.

@@ -52,12 +52,12 @@ def as_messages(
 
     Returns:
         The messages without fields that are null, which templates would print as "None"; and for each message
-        whether the model is to learn to say the message.
+        whether the message counts, which is so unless its weight is 0.
 
     Raises:
         LineError: a message has no role, no text, or something that no template takes.
     """
-    messages, targets = [], []
+    messages, counts = [], []
     for k, message in enumerate(given):
         if not isinstance(message, dict):
             raise LineError(
@@ -70,7 +70,7 @@ def as_messages(
         ):
             require_text(message["content"], f'"content" of message {k}')  # most messages: no time to lose
             messages.append(message)
-            targets.append(message["role"] == "assistant")
+            counts.append(True)
             continue
         left_out += [f"{name} of messages" for name in dropped & message.keys() if message[name] is not None]
         fields = {key: value for key, value in message.items() if value is not None and key not in dropped}
@@ -84,8 +84,8 @@ def as_messages(
             fields["content"] = ""
         require_text(fields.get("content"), f'"content" of message {k}')
         messages.append(fields)
-        targets.append(fields["role"] == "assistant" and weight)
-    return messages, targets
+        counts.append(weight)
+    return messages, counts
 
 
 def _with_role(fields: dict[str, Any], k: int) -> dict[str, Any]:

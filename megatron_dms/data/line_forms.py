@@ -32,6 +32,8 @@ class Chat:
     documents: list[dict[str, Any]] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as enable_thinking."""
+    weighted: bool = False
+    """Whether some message has weight 0."""
 
 
 @dataclass
@@ -145,8 +147,11 @@ def _chat(
     lists = [checked_list(_from_json(value), f'"{name}"') for name, value in zip(form, values, strict=True)]
     # Of a prompt with a completion, the completion alone is what the model is to learn.
     first = len(lists[0]) if len(lists) > 1 else 0
-    messages, targets = as_messages([message for part in lists for message in part], dropped, left_out)
-    targets = [target and k >= first for k, target in enumerate(targets)]
+    messages, counts = as_messages([message for part in lists for message in part], dropped, left_out)
+    targets = [
+        m["role"] == "assistant" and count and k >= first
+        for k, (m, count) in enumerate(zip(messages, counts, strict=True))
+    ]
     for name in _SYSTEM:
         if isinstance(columns.get(name), str):
             used.add(name)
@@ -154,7 +159,7 @@ def _chat(
             require_text(columns[name], f'"{name}"')
             if columns[name].strip() and messages[0] != system:
                 messages, targets = [system, *messages], [False, *targets]
-    chat = Chat(messages, targets)
+    chat = Chat(messages, targets, weighted=not all(counts))
     for name in _TOOLS:
         if name in columns:
             used.add(name)

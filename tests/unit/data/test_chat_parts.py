@@ -182,6 +182,16 @@ def test_targets(
     assert encoded(folder, template, {"messages": line})[1] == targets
 
 
+def test_weights_are_not_ignored(folder: str) -> None:
+    """Catches: a weight of 0 that --loss-on all overrules without a word."""
+    line = {"messages": [{**USER, "weight": 0}, {**ANSWER, "weight": 1}]}
+    assert encoded(folder, templates.CHATML, line)[1] == "four.<|im_end|>"
+    with pytest.raises(LineError, match="weight 0 and --loss-on all"):
+        encoded(folder, templates.CHATML, line, loss_on="all")
+    text, targets = encoded(folder, templates.CHATML, line, loss_on="all", dropped=("weight",))
+    assert text == targets
+
+
 def test_qwen3_with_thoughts_writes_what_qwen3_writes(folder: str) -> None:
     """Without earlier thoughts the two templates give the same text. Catches: another header, tool or
     tail."""
