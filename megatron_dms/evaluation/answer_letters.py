@@ -16,7 +16,7 @@ _CLOSE = r"(?:[*_$)\]}\s`\"’'.:]|\\[)\]}]|</?\w+>)*+"
 _STATED = (
     r"(?i:\b(?:answer|option|choice)[*_]*+\s*+"
     r"(?:(?:is|would be|must be|should be|has to be|will be)\b\s*+:?|[:=])"
-    r"[*_\s]*+(?:not\s+\W?\w\W?,?\s+but\s+(?:rather\s+)?)?"
+    r"[*_\s>-]*+(?:not\s+\W?\w\W?,?\s+but\s+(?:rather\s+)?)?"
     r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\b:?\s*+)?)"
 )
 _CHOSEN = (

@@ -17,17 +17,19 @@ from megatron_dms.evaluation.formula_values import Token
 
 _STATED = re.compile(r"(?:(?i:\banswer)[*_]*\s*(?:is\b:?|[:=：])|####)\s*", re.MULTILINE)
 _FORMULA = re.compile(
-    r"[*_\s]*(?:\$\$?(?=[^$\d]|[^$\n]+\$)([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])([^\n]{0,8})", re.DOTALL
+    r"[*_\s]*(?:\$\$?(?=[^$\d]|[^$\n]+\$)([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\])([^\n]{0,20})", re.DOTALL
 )
 _NUMBER = re.compile(
-    r"""[*_\s`"'(]*(?P<number>(?:[-−–]\s?)?\\?\$?\s?(?:[-−–]\s?)?"""
+    r"""[*_\s`"'(]*(?P<number>(?:[-−–]\s?)?(?:\\?\$|[€£¥])?\s?(?:[-−–]\s?)?"""
     r"""(?:\d[\d,]*(?:[ ~]\d{3}(?!\d))*(?:\.\d+)?|\.\d+))"""
 )
 # After a number: what makes it another number, or one of several.
 _GOES_ON = re.compile(
-    r"(?i)[\w^!]|[.,:/]\d|\s*(?:/|\^|!|[-–—×*+÷]\s*\d|\\(?:sqrt|frac|cdot|times|pi|div|pm|over)\b)|"
-    r"\s+(?:\d+\s*/|(?:to|or|and|times|plus|minus)\s+\$?\d|(?:hundred|thousand|million|billion|trillion|dozen)s?\b)"
+    r"(?i)[\w^!‰]|[.,:/]\d|\s*(?:/|\^|!|[-–—×*+÷]\s*\d|\\(?:sqrt|frac|cdot|times|pi|div|pm|over)\b)|"
+    r"\s+(?:\d|(?:to|or|and|times|plus|minus)\s+\$?\d|(?:hundred|thousand|million|billion|trillion|dozen)s?\b)"
 )
+_ANOTHER = re.compile(r"\s+(?:or|and|to)\s+[$\\(\[]*-?\d")
+_EQUATION = re.compile(r"[*_\s`$]*(?:[A-Za-z]\b|[\d+\-−*/×÷·()., ])+=\s*")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ")
 _PER_CENT = re.compile(r"(?i)\s*(?:\\?%|percent\b|per cent\b)")
 
@@ -70,6 +72,7 @@ def number_of(content: str, words: bool = False) -> str | None:
         if len(parts) > 1 or set(signs) - {"="} or any(token.text == r"\not" for token in tokens):
             return None
         rest: Sequence[Token] = sides[-1]
+        rest = _after_colon(rest)
         if words:
             rest = _without_words(rest)
         rest, percent, _ = without_unit(rest)
@@ -85,12 +88,22 @@ def number_of(content: str, words: bool = False) -> str | None:
     return sign + rest[0].text
 
 
+def _after_colon(tokens: Sequence[Token]) -> Sequence[Token]:
+    """Drop "Answer:" from a box."""
+    end = next((index for index, token in enumerate(tokens) if token.kind != "word"), 0)
+    return tokens[end + 1 :] if end and tokens[end].text == ":" else tokens
+
+
 def _without_words(tokens: Sequence[Token]) -> Sequence[Token]:
     """Drop the words before a number, and letters after the number that are a unit: 12km."""
     start = 0
     while start < len(tokens) and (tokens[start].kind == "word" or tokens[start].text == ":"):
         start += 1
     rest = list(tokens[start:])
+    if len(rest) > 3 and rest[-2].text == "^" and rest[-1].text in ("2", "3") and rest[-3].kind == "letter":
+        rest = rest[:-2]  # 12 m^2, and 12x^2 is still no number
+        if rest[-1].text.lower() not in UNITS and "".join(t.text for t in rest[-2:]).lower() not in UNITS:
+            return tokens
     end = len(rest)
     while end and rest[end - 1].kind == "letter":
         end -= 1
@@ -110,9 +123,11 @@ def stated_number(text: str, words: bool = False) -> str | None:
         formula = _FORMULA.match(line)
         if formula:
             content = formula[1] or formula[2] or formula[3]
-            if words is False and _PER_CENT.match(formula[4]):
+            if (_PER_CENT.match(formula[4]) and not words) or _ANOTHER.match(formula[4]):
                 return None
             return number_of(content, words)
+        while equation := _EQUATION.match(line):
+            line = line[equation.end() :]
         number = _NUMBER.match(line)
         if number is None:
             continue

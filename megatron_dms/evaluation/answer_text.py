@@ -7,7 +7,9 @@ import re
 
 _BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)|\\[{}]|[{}]")
 # \boxed 72: TeX takes one digit, but the whole number is meant.
-_BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?!\s*\{)(-?[\d,]*\d(?:\.\d+)?|[A-Za-z](?![A-Za-z]))")
+_BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?!\s*\{)(?:\\?\$)?(-?[\d,]*\d(?:\.\d+)?|[A-Za-z](?![A-Za-z]))"
+)
 _THOUGHTS = re.compile(
     r"(?P<open><(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|seed:think)>|\[THINK\]|"
     r"<\|(?:begin_of_thought|START_THINKING|thinking)\|>|◁think▷|<unused94>)|"
@@ -48,6 +50,12 @@ def visible(text: str) -> str:
             depth = 0
             end = tag.end()
     return "".join(kept) if depth else "".join([*kept, text[end:]])
+
+
+def opens_thoughts(prompt: str) -> bool:
+    """Whether a prompt ends within thoughts: then a text that goes on begins in them, without a tag."""
+    tags = list(_THOUGHTS.finditer(prompt))
+    return bool(tags) and tags[-1]["open"] is not None and not prompt[tags[-1].end() :].strip()
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 from megatron_dms.evaluation.answer_text import visible
 
-_FENCE = re.compile(
-    r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,}|'{3}(?=python|py\b))(?P<info>[^`~\n]*)$", re.DOTALL
-)
-_PYTHON = re.compile(r"\{?\.?(?:i?python|py)[\d.]*(?![\w-])", re.IGNORECASE)
-_TAG = re.compile(r"\{?\.?[A-Za-z][\w+#.-]*\}?(?:[\s:,{].*)?$", re.DOTALL)
+_FENCE = re.compile(r"^(?P<before>.*?)(?P<fence>`{3,}|~{3,})(?P<info>[^`~\n]*)$", re.DOTALL)
+_PYTHON = re.compile(r"\{?\.?(?:[ic]?python|pypy|py)-?[\d.]*(?![\w-])", re.IGNORECASE)
+_TAG = re.compile(r"\{?\.?[A-Za-z][\w+#.-]*\}?(?:\s*[\d.]+|\s*\{.*|:\S*|,.*|\s+\w+=.*)?\s*$", re.DOTALL)
+_UNTAGGED = ("", "code", "text", "txt", "plain", "plaintext", "script", "source")
+_OF_BLOCKS = ("markdown", "md")
+_DATA = re.compile(r"[\s\d.,:\[\]()\"'-]*")
 # Other marks of code, written as fences.
 _MARKS = (
     (re.compile(r"^[ \t]*\[PYTHON\][ \t]*$", re.MULTILINE), "```python"),
     (re.compile(r"^[ \t]*\[/PYTHON\][ \t]*$", re.MULTILINE), "```"),
-    (re.compile(r"^[ \t]*<code(?:\s[^>\n]*)?>[ \t]*$", re.MULTILINE), "```python"),
-    (re.compile(r"^[ \t]*</code>[ \t]*$", re.MULTILINE), "```"),
+    (re.compile(r"^[ \t]*(?:<pre(?:\s[^>\n]*)?>)?<code(?:\s[^>\n]*)?>[ \t]*$", re.MULTILINE), "```python"),
+    (re.compile(r"^[ \t]*</code>(?:</pre>)?[ \t]*$", re.MULTILINE), "```"),
     (
         re.compile(
             r"^[ \t]*\\begin\{(?:verbatim|lstlisting|minted)\}(?:\[[^\]]*\])?(?:\{\w+\})?[ \t]*$",
@@ -54,7 +55,7 @@ def extract_code(text: str) -> str | None:
     lines = text.splitlines(keepends=True)
     blocks, rest = _blocks(lines)
     tagged = [block.body for block in blocks if _PYTHON.match(block.tag)]
-    untagged = [block.body for block in blocks if not block.tag]
+    untagged = [block.body for block in blocks if block.tag.lower() in _UNTAGGED]
     for found in (tagged, untagged):
         if found:
             return _program(found)
@@ -73,17 +74,15 @@ def _blocks(lines: list[str]) -> tuple[list[_Block], str | None]:
             continue
         tag = opening["info"].strip()
         end, body, next_index = _closing(lines, index, opening["fence"])
-        if end:
+        if end and tag.lower() in _OF_BLOCKS:
+            blocks += _blocks(body.splitlines(keepends=True))[0]
+        elif end:
             blocks.append(_Block(tag, body))
         elif next_index == len(lines):
             below = textwrap.dedent("".join(lines[index + 1 :]))
             above = textwrap.dedent("".join(lines[:index]))
-            if below.strip():
-                rest = (
-                    below
-                    if below.endswith("\n") and _is_program(below) and (not tag or _PYTHON.match(tag))
-                    else rest
-                )
+            if below.endswith("\n") and _is_program(below) and (not tag or _PYTHON.match(tag)):
+                rest = below
             elif not blocks and not tag:
                 rest = _end_that_is_a_program(above.splitlines(keepends=True))
         index = next_index
@@ -114,13 +113,13 @@ def _closing(lines: list[str], start: int, fence: str) -> tuple[bool, str, int]:
         if not before.strip() and info and not info[0].isspace() and _TAG.match(info):
             cut = index if cut is None and first is None else cut
             continue
-        if before.strip() and (info.strip() or fence[0] == "'"):
+        if before.lstrip().startswith("#") or (before.strip() and info and not re.match(r"\s+\w|\s*$", info)):
             continue
         body = textwrap.dedent("".join([*lines[start + 1 : index], before if before.strip() else ""]))
         tried += 1
         if tried <= _MOST_CLOSINGS and _tree(body) is not None:
             return True, body, index + 1
-        if first is None and cut is None:
+        if first is None and cut is None and not (before.strip() and info.strip()):
             first = (True, body, index + 1)
     if first is not None:
         return first
@@ -146,6 +145,12 @@ def _is_word(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, (ast.Name, ast.Constant, ast.Tuple))
 
 
+def _is_value(node: ast.stmt) -> bool:
+    """Whether a line is only a number, a text or a list: what a program prints."""
+    kinds = (ast.Constant, ast.Tuple, ast.List, ast.UnaryOp)
+    return isinstance(node, ast.Expr) and isinstance(node.value, kinds)
+
+
 def _end_that_is_a_program(lines: list[str]) -> str | None:
     for start in range(min(len(lines), 400)):
         body = "".join(lines[start:])
@@ -158,9 +163,10 @@ def _program(bodies: list[str]) -> str:
     """Return the last body that is neither a session nor an example of how an earlier one is used."""
     for index in range(len(bodies) - 1, 0, -1):
         body = bodies[index]
-        if _SESSION.match(body):
-            continue
         tree = _tree(body)
+        values = tree is not None and all(map(_is_value, tree.body))
+        if values or _SESSION.match(body) or _DATA.fullmatch(body):
+            continue
         if tree is not None and _missing(tree) & _functions(bodies[:index]):
             continue
         return body

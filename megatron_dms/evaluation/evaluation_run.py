@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from megatron_dms.inference.generation import Sampling
 
 
+IN_THOUGHTS = "texts_begin_in_thoughts"
+"""The setting that says whether the chat template opened the thoughts of every text."""
+
+
 def without_sandbox(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a task whose programs are to run as this user.
 
@@ -130,13 +134,16 @@ class EvaluationRun:
     out: Path
     """The folder for settings, samples and results."""
 
-    def settings(self, task: Task, prompts: Sequence[Any], hashes: Mapping[Path, str]) -> dict[str, Any]:
+    def settings(
+        self, task: Task, prompts: Sequence[Any], hashes: Mapping[Path, str], in_thoughts: bool = False
+    ) -> dict[str, Any]:
         """What settings.json keeps of the evaluation; a later call that differs is refused (see samples.py).
 
         Args:
             task: the loaded task.
             prompts: id and token ids of every problem.
             hashes: a hash of the contents of each checkpoint folder.
+            in_thoughts: whether the prompts end within thoughts, so that texts begin in them.
         """
         models, temperature = self.models, self.sampling.temperature
         return {
@@ -144,6 +151,7 @@ class EvaluationRun:
             "problems": problems_mark(task),
             "prompts": _mark(prompts),  # as token ids: a later call may name other checkpoints
             **{name: [str(folder.resolve()), hashes[folder]] for name, folder in models.folders.items()},
+            IN_THOUGHTS: in_thoughts,
             "temperature": temperature,
             "top_p": self.sampling.top_p if temperature else None,  # it has no effect at temperature 0
             "batch_size": self.batch_size,

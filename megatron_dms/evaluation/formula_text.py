@@ -42,6 +42,8 @@ _SYMBOLS = {
     "θ": r"\theta ",
     "€": "",
     "£": "",
+    "¥": "",
+    "¢": r"\word{cents}",
     "\u200b": "",
     "\u2062": "",
     "\ufeff": "",
@@ -134,6 +136,7 @@ def _compatible(sign: str) -> str:
 
 def _words(content: str) -> str:
     """Mark the words of upright text. What is written with digits and signs stays as it is."""
+    content = re.sub(r"(?<=[A-Za-z])\.(?=\s|$|[A-Za-z])", "", content)  # sq. cm, p.m.
     content = re.sub(r"\\textsuperscript\s*\{([^{}]*)\}", r"^{\1}", content)
     content = re.sub(
         r"(?<![\\A-Za-z])[A-Za-z]+(?:['’-][A-Za-z]+)*", lambda word: rf"\word{{{word[0]}}}", content

@@ -92,6 +92,7 @@ UNITS = {
     }.items()
     for name in names.split()
 }
+_LITTLE_WORDS = ("per", "sq", "cu")
 _VOWEL = re.compile(r"[aeiouy]")
 
 
@@ -158,6 +159,8 @@ def _letters(run: str, after_space: bool) -> list[Token]:
     spelled = (
         len(run) >= 4 and steps != {1} and len(set(run)) > 2 and _VOWEL.search(run) and run[1:].islower()
     )
+    if run in _LITTLE_WORDS and after_space:
+        return [Token("word", run)]
     if spelled or (len(run) > 1 and after_space and run.lower().rstrip("s") in UNITS):
         return [Token("word", run)]
     for name in sorted(FUNCTIONS, key=len, reverse=True):  # xsin, from x\sin without its backslash

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dms.evaluation.budgets import Budget
-from megatron_dms.evaluation.evaluation_run import TaskChoice, problems_mark, without_sandbox
+from megatron_dms.evaluation.evaluation_run import IN_THOUGHTS, TaskChoice, problems_mark, without_sandbox
 from megatron_dms.evaluation.samples import (
     SETTINGS,
     Sample,
@@ -22,6 +22,7 @@ from megatron_dms.evaluation.samples import (
     runs_there,
     samples_path,
 )
+from megatron_dms.evaluation.tasks import Task
 from megatron_dms.files import write_durably
 from megatron_dms.inference.loading import load_tokenizer
 from megatron_dms.provenance import made_by
@@ -59,6 +60,8 @@ def score(out: Path, data: str | None, say: Callable[[str], None], sandbox: bool
     task = choice.load(load_tokenizer(_first_model(settings, out)) if measures else None)
     if task.notice:
         say(task.notice)
+    if settings.get(IN_THOUGHTS):
+        task = _with_thoughts_opened(task)
     if problems_mark(task) != settings.get("problems"):
         raise ValueError(
             f"the problems of {choice.name} are not those of the samples: {problems_mark(task)}, expected "
@@ -95,6 +98,11 @@ def score(out: Path, data: str | None, say: Callable[[str], None], sandbox: bool
     write_durably(out / "problems.jsonl", "".join(json.dumps(row.as_json()) + "\n" for row in problems))
     write_durably(out / "report.html", report(settings, rows, compared, left_out, scorer))
     return results | {"table": rows}
+
+
+def _with_thoughts_opened(task: Task) -> Task:
+    """Return the task that grades texts whose thoughts the prompt opened: they may be cut off there."""
+    return replace(task, grader=lambda problem, texts: task.grade(problem, [f"<think>{t}" for t in texts]))
 
 
 def _choice(settings: Mapping[str, Any], path: str) -> TaskChoice:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_dms.evaluation.answer_text import opens_thoughts
 from megatron_dms.evaluation.budgets import Run
 from megatron_dms.evaluation.evaluation_run import EvaluationRun, Models
 from megatron_dms.evaluation.progress import Progress
@@ -100,7 +101,8 @@ def prepare(asked: EvaluationRun, say: Callable[[str], None]) -> PreparedRun:
         say(task.notice)
     prompts = _same_prompts(asked.task.name, task, tokenizers)
     hashes = {folder: fingerprint(folder, say) for folder in tokenizers}
-    settle(asked.out, asked.settings(task, prompts, hashes))
+    in_thoughts = bool(prompts) and opens_thoughts(tokenizer.decode(prompts[0][1][-32:]))
+    settle(asked.out, asked.settings(task, prompts, hashes, in_thoughts))
     problems = [Prompted(*pair) for pair in prompts]
     return PreparedRun(asked, device, tokenizer, problems, made_by(device))
 

@@ -220,6 +220,7 @@ def test_classes_without_transitivity() -> None:
 
 
 LETTERS = [
+    ("Answer:\n- C", "C"),
     ("Answer: `C`", "C"),
     ("Answer: “C”.", "C"),
     ("答案 Answer\uff1a(C)", "C"),
@@ -299,6 +300,11 @@ def test_more_letters() -> None:
 
 
 INTEGERS = [
+    (r"\boxed{204\ \text{sq. units}}", 204),
+    (r"\boxed{\text{Answer: } 204}", 204),
+    ("The answer is n = 204.", 204),
+    ("The answer is 20 4", None),
+    ("The answer is $203$ or $204$", None),
     (r"\boxed{\mathbf{204}}", 204),
     (r"\boxed{\textstyle 204}", 204),
     (r"\boxed{\color{blue}{204}.}", 204),

@@ -75,6 +75,31 @@ def test_gsm8k(tmp_path: Path) -> None:
     right += [r"\boxed{1000 + 234 = 1\,234}", r"\boxed{1234 dollars}", "**Answer:** \\$1,234, as said."]
     wrong = [r"\boxed{1,2,34}", r"\boxed{12,34}", "It is 1234", r"\boxed{\frac{1234}{1}}", r"\boxed{}"]
     assert graded(task, *right, index=1) == [("1234", True)] * 6
+    other = [
+        r"\boxed{1 234}",
+        "#### 1~234",
+        r"\boxed 1234",
+        r"\boxed{1234 m^2}",
+        r"\boxed{1234 \text{ cm}^3}",
+    ]
+    other += ["The answer is 1000 + 234 = 1234.", "The answer is €1234", r"\boxed{1234 miles per hour}"]
+    assert graded(task, *other, index=1) == [("1234", True)] * 8
+    none = [
+        r"\boxed{\sqrt{1234}}",
+        r"\boxed{1234!}",
+        "The answer is 1234/5",
+        "The answer is 1234:5",
+        r"\boxed{1234x}",
+    ]
+    none += [
+        "The answer is 1234-1240",
+        "The answer is 3 hundred",
+        r"\boxed{1234} or \boxed{5}",
+        r"<think>\boxed{1234}",
+    ]
+    assert graded(task, *none, index=1) == [(None, False)] * 9
+    minus = [r"\boxed{- 1234}", "\\boxed{\u22121234}", "The answer is - 1234", r"\boxed{-\$1234}"]
+    assert graded(task, *minus, index=1) == [("-1234", False)] * 4
     assert graded(task, *wrong, r"\boxed{-1234}", index=1) == [(None, False)] * 5 + [("-1234", False)]
     with pytest.raises(
         ValueError, match="line 1: column answer: found 'seventy' at its end, expected #### and a number"
