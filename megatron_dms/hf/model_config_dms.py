@@ -12,6 +12,18 @@ that a model and its configuration belong together. (This file is copied flat in
 import transformers
 
 
+def spell_rope(config: transformers.PretrainedConfig) -> None:
+    """Give transformers 4 the RoPE settings that transformers 5 has saved under a name of its own.
+
+    Without this, transformers 4 leaves `rope_parameters` alone, and rotates by its default base of 10000.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if not rope or hasattr(transformers.LlamaConfig(), "rope_parameters"):
+        return
+    config.rope_theta = rope.pop("rope_theta", 10000.0)
+    config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
+
+
 class LlamaConfig(transformers.LlamaConfig):
     """transformers' LlamaConfig with `dms_*` keys."""
 

@@ -41,7 +41,7 @@ from .cache_layer_dms import DMSCacheLayer  # noqa: F401
 from .configuration_dms import DMSSettings
 from .fork_dms import first_of_equal_rows, repeat_rows
 from .graph_dms import GraphedStep
-from .model_config_dms import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from .model_config_dms import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, spell_rope
 from .page_attention_dms import PAGE_ATTENTION  # noqa: F401
 from .page_kernel_dms import attend_pages_triton  # noqa: F401
 from .pages_dms import PagePool  # noqa: F401
@@ -93,6 +93,7 @@ class DMSForCausalLM(CausalLM):
     _meter_class = KVMeter
 
     def __init__(self, config) -> None:
+        spell_rope(config)
         super().__init__(config)
         self.dms_settings = self._read_settings(config)
         refuse_sliding_layers(config)
