@@ -31,6 +31,8 @@ class DMSCacheLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
     is_sliding = False
+    max_cache_len = -1
+    """Unlimited. PEFT asks for this name."""
 
     def __init__(self, window: int, lag: int, attend_with: str = "torch") -> None:
         """`window` and `lag` in tokens; `attend_with` is a name in PAGE_ATTENTION."""

@@ -61,6 +61,7 @@ from .refusals_dms import (
     refuse_packed,
     refuse_positions,
     refuse_sliding_layers,
+    refuse_two_caches,
 )
 from .sparse_attention_dms import NewTokens
 from .stats_dms import KVMeter, KVStats
@@ -103,6 +104,7 @@ class DMSForCausalLM(CausalLM):
         self._dms_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings, self._attention_class)
         self._freeze_predictor()
+        self.register_forward_pre_hook(refuse_two_caches, with_kwargs=True)
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
         self.model.register_forward_hook(repeat_rows, with_kwargs=True)
         if self.dms_settings.disable_eviction:

@@ -261,6 +261,13 @@ def _refusals_in_one_line() -> Iterator[None]:
     except (AssertionError, ValueError, RuntimeError) as error:
         said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # many asserts say nothing
         raise StartupError(f"Megatron refuses these flags: {said}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise StartupError(
+            f"W&B cannot be used: {error}; set WANDB_API_KEY, run `wandb login`, or set WANDB_MODE=offline",
+            one_rank=True,
+        ) from error
 
 
 def _carry_hf_files(start: "Weights", save: Path, continues: bool) -> None:

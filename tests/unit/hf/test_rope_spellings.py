@@ -13,11 +13,6 @@ from tests.support.tiny_dms_models import HEAD_SIZE, tiny_model
 
 CONTEXT = {"original_max_position_embeddings": 64}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **CONTEXT}
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN = {"factor": 4.0, **CONTEXT}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e6},

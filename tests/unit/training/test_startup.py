@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dms.errors import StartupError
+from megatron_dms.training import startup
 from megatron_dms.training.startup import parse_dms_flags
 from tests.support.tools import ROOT, run_python
 
@@ -384,3 +385,15 @@ def test_ranks_other_than_the_first_say_nothing(folders: Folders) -> None:
 def test_every_refused_name_is_megatrons(messages: dict) -> None:
     """Catches a name that is misspelt, or that a newer Megatron has renamed: it would refuse nothing."""
     assert messages["names unknown"] == []
+
+
+def test_wandb_without_a_key_is_one_line() -> None:
+    """Catches: a traceback, as W&B's errors have no type in common with those of Megatron's checks."""
+    wandb = pytest.importorskip("wandb")
+    with (
+        pytest.raises(StartupError, match="W&B cannot be used: No API key configured; set WANDB_API_KEY"),
+        startup._refusals_in_one_line(),
+    ):
+        raise wandb.errors.UsageError("No API key configured")
+    with pytest.raises(KeyError), startup._refusals_in_one_line():
+        raise KeyError("a fault of ours keeps its traceback")
