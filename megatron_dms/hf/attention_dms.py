@@ -190,13 +190,13 @@ class DMSAttention(nn.Module):
         The borrowed channel is 0 before RoPE, or the decision would leak into channel D/2-1. It is set to 0
         again after RoPE, which mixes channel D/2-1 back into it, unless the settings say "before_rope".
         """
-        q_BHTD, k_BGTD = self._without_borrowed(q_BHTD, k_BGTD)
+        q_BHTD, k_BGTD = self.without_borrowed(q_BHTD, k_BGTD)
         q_BHTD, k_BGTD = apply_rotary_pos_emb(q_BHTD, k_BGTD, *position_embeddings)
         if self.settings.zeroing == "before_rope":
             return q_BHTD, k_BGTD
-        return self._without_borrowed(q_BHTD, k_BGTD)
+        return self.without_borrowed(q_BHTD, k_BGTD)
 
-    def _without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+    def without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys with the borrowed channels at 0; a tensor that lends none is returned as it is."""
         if self.settings.predictor == "query_channel":
             q_BHTD = q_BHTD.clone()

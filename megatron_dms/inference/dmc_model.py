@@ -107,8 +107,8 @@ class DMCAttention(DMSAttention):
         new = step.new.to(q_BHTD.device)
         return self.merge_and_attend(q_BHTD, k_BGTD, v_BGTD, decided, new, step.meter, cache)
 
-    def _without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        q_BHTD, k_BGTD = super()._without_borrowed(q_BHTD.clone(), k_BGTD)
+    def without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+        q_BHTD, k_BGTD = super().without_borrowed(q_BHTD.clone(), k_BGTD)
         q_BHTD[:, self.borrowed_query_heads, :, -1].zero_()
         return q_BHTD, k_BGTD
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_dms.text_table import RULE, text_table
+
 CHECKS = ("port", "gpus", "disk", "checkpoint", "data", "layout", "files", "versions", "all-reduce")
 _COMPARED = {
     "versions": "install the same environment (or container image) and check out the same commit everywhere",
@@ -80,11 +82,8 @@ def failures(reports: Sequence[NodeReport]) -> list[str]:
 
 def table(reports: Sequence[NodeReport]) -> str:
     """A table of nodes (down) and checks (across): ok, FAIL, or - for a check that was not run."""
-    rows = [["node", *CHECKS]]
-    rows += [[report.node, *(_WORDS[report.passed(check)] for check in CHECKS)] for report in reports]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+    rows = [[report.node, *(_WORDS[report.passed(check)] for check in CHECKS)] for report in reports]
+    return text_table([["node", *CHECKS], RULE, *rows], "<")
 
 
 def summary(reports: Sequence[NodeReport]) -> dict[str, Any]:

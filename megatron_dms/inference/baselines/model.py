@@ -30,7 +30,7 @@ class PlainAttention(DMSAttention):
         """[B, G, T] bool: no token decides to evict."""
         return torch.zeros(k_BGTD.shape[:3], dtype=torch.bool, device=k_BGTD.device)
 
-    def _without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
+    def without_borrowed(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor, Tensor]:
         return q_BHTD, k_BGTD
 
     def store_and_attend(
