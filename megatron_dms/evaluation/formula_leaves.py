@@ -61,7 +61,7 @@ def leaf(tokens: Tokens) -> Leaf:
 def _numeral(tokens: Tokens) -> Leaf | None:
     r"""Read 52_8, 4F_{16}, (52)_8, 52_\text{eight} or 52 base 8."""
     text = "".join(token.text for token in tokens)
-    found = re.fullmatch(r"\(?([0-9A-Z]+)\)?(?:_|base)\{?(\d+|[a-z]+)\}?", text)
+    found = re.fullmatch(r"[({]*([0-9A-Z]+)[)}]*(?:_|(?:in)?base)[({]*(?:base)?(\d+|[a-z]+)[)}]*", text)
     if (
         found is None
         or not any(sign.isdigit() for sign in found[1])

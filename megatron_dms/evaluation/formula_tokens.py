@@ -41,6 +41,9 @@ _ALIASES = {
     r"\tg": r"\tan",
     r"\imath": "i",
     r"\union": r"\cup",
+    r"\cr": "\\\\",
+    **dict.fromkeys((r"\lor", r"\vee"), "or"),
+    **dict.fromkeys((r"\land", r"\wedge"), "and"),
 }
 _NAMES = {  # of bare text
     "pi": r"\pi",
@@ -118,7 +121,7 @@ def tokens_of(text: str) -> list[Token]:
             if name == r"\degree":
                 tokens += [Token("sign", "^"), Token("command", r"\circ")]
             else:
-                tokens.append(Token("letter" if name.isalpha() else "command", name))
+                tokens.append(Token("letter" if len(name) == 1 else "command", name))
         else:
             tokens.append(Token("sign", _ALIASES.get(found["sign"], found["sign"])))
     if text[end:].strip():

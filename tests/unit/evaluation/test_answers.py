@@ -53,6 +53,10 @@ def test_degenerate_text_takes_no_time() -> None:
 
 
 EQUAL = [
+    ("43_6", r"\boxed{43 \text{ in base } 6}"),
+    ("43_6", r"\boxed{(43)_{\text{base }6}}"),
+    ("1, 3", r"\boxed{x = 1 \lor x = 3}"),
+    (r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\boxed{\begin{bmatrix} 1 \cr 3 \end{bmatrix}}"),
     ("1, -2", r"\boxed{1} and \boxed{-2}"),
     ("1, -2", r"Either $x = \boxed{1}$ or $x = \boxed{-2}$."),
     ("(1, 2), (3, 4)", "\\[\\boxed{(3, 4)}\\]\n and \n\\[\\boxed{(1, 2)}\\]"),
