@@ -86,7 +86,9 @@ def _equal_leaves(gold: Leaf, answer: Leaf) -> bool:
     if (gold.base or 10) != (answer.base or 10):
         return False
     if gold.unit is not None and answer.unit is not None and gold.unit != answer.unit:
-        return False
+        # 5 cm may be called 5 "cm long", but 5 AM is not 5 PM.
+        if gold.unit.startswith("(") == answer.unit.startswith("("):
+            return False
     factors = [Fraction(1)]
     if gold.percent != answer.percent:
         factors.append(Fraction(100) if answer.percent else Fraction(1, 100))

@@ -28,7 +28,8 @@ class Leaf:
     constant: bool
     percent: bool = False
     unit: str | None = None
-    """A unit of UNITS with its power, such as "cm^2"; None if there is none, or another word."""
+    """A unit of UNITS with its power, such as "cm^2"; other words in brackets; None if there are none, or
+    only "units"."""
     base: int | None = None
     """Of a numeral such as 52_8, whose digits are `digits`."""
     digits: str = ""
@@ -140,8 +141,11 @@ def _unit(words: Tokens) -> str | None:
             power = powers[lower]
         else:
             names.append(lower)
+    other = f"({' '.join(name.removesuffix('s') for name in names)})"
     if len(names) != 1:
-        return None
+        return other if names else None
     name = names[0] if names[0] in UNITS else names[0].removesuffix("s")
+    if name == "unit":
+        return None
     known = UNITS.get(name)
-    return None if known is None else known + (f"^{power}" if power > 1 else "")
+    return other if known is None else known + (f"^{power}" if power > 1 else "")

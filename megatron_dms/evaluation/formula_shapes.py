@@ -244,6 +244,8 @@ def _brackets(tokens: Tokens) -> Shape:
         raise Unreadable("brackets")
     parts, signs = split(tokens, (":",))
     if signs:
+        if any(token.kind == "word" for token in tokens):
+            raise Unreadable("a time of day")
         return Group("ratio", tuple(leaf(part) for part in parts))
     return leaf(tokens)
 

@@ -99,6 +99,7 @@ def cleaned(text: str) -> str:
         if not found:
             break
     text = text.replace("\x01", r" \\ ")
+    text = re.sub(r"(?<=\d)\s*\{\s*(\\[dtc]?frac\s*(?:\{[^{}]*\}\s*){2})\}", r"\1", text)  # 1{\frac{3}{4}}
     text = _without_ends(re.sub(r"\s+", " ", text))
     return _joined_thousands(text)
 

@@ -53,6 +53,9 @@ def test_degenerate_text_takes_no_time() -> None:
 
 
 EQUAL = [
+    (r"\text{6:30 PM}", r"\boxed{\text{6:30 p.m.}}"),
+    (r"5 \text{ cm}", r"\boxed{5 \text{ units}}"),
+    (r"5 \text{ cm}", r"\boxed{5 \text{ cm long}}"),
     ("43_6", r"\boxed{43 \text{ in base } 6}"),
     ("43_6", r"\boxed{(43)_{\text{base }6}}"),
     ("1, 3", r"\boxed{x = 1 \lor x = 3}"),
@@ -102,6 +105,13 @@ EQUAL = [
     (r"\boxed{42}", "Of the 7 numbers, $40 + 2 = 42$ is right."),
 ]
 DIFFERENT = [
+    ("e^{-50}", r"\boxed{e^{-51}}"),
+    (r"\pi \cdot 10^{-20}", r"\boxed{2\pi \cdot 10^{-20}}"),
+    ("43_6", r"\boxed{27_{10}}"),
+    ("43_6", r"\boxed{27}"),
+    (r"\frac{3}{4}", r"\boxed{1{\frac{3}{4}}}"),
+    (r"\text{6:30 PM}", r"\boxed{\text{6:30 AM}}"),
+    (r"5 \text{ PM}", r"\boxed{5 \text{ AM}}"),
     ("3", r"\boxed{3}, \boxed{4}"),
     ("3", r"\boxed{3 \text{ or } 4}"),
     ("3", r"\boxed{\lnot 3}"),
