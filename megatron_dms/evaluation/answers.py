@@ -124,7 +124,10 @@ def _stated(text: str) -> MathAnswer | None:
     line = found[-1].strip()
     formula = re.match(r"(\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])[*_]*\s*(?:[.,;]|$)", line)
     for candidate in (formula[2] if formula else None, re.split(r"\.(?:\s|$)", line)[0].strip("* _")):
-        if candidate and not _PROSE.search(candidate) and (answer := _answer(candidate)) and answer.parsed:
+        if candidate and _PROSE.search(candidate):
+            # Words are no letters that are multiplied; 9 cats and 10 dogs is no 9.
+            candidate = None if "\\" in candidate else rf"\text{{{candidate}}}"
+        if candidate and (answer := _answer(candidate)) and answer.parsed:
             return answer
     return None
 

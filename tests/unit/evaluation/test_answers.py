@@ -53,6 +53,8 @@ def test_degenerate_text_takes_no_time() -> None:
 
 
 EQUAL = [
+    ("5", "The answer is 5 cm."),
+    ("3/2", "The answer is 1 1/2."),
     (r"\text{6:30 PM}", r"\boxed{\text{6:30 p.m.}}"),
     (r"5 \text{ cm}", r"\boxed{5 \text{ units}}"),
     (r"5 \text{ cm}", r"\boxed{5 \text{ cm long}}"),
@@ -105,6 +107,8 @@ EQUAL = [
     (r"\boxed{42}", "Of the 7 numbers, $40 + 2 = 42$ is right."),
 ]
 DIFFERENT = [
+    ("9", "The answer is 9 cats and 10 dogs."),
+    ("7", "The answer is 7:30."),
     ("e^{-50}", r"\boxed{e^{-51}}"),
     (r"\pi \cdot 10^{-20}", r"\boxed{2\pi \cdot 10^{-20}}"),
     ("43_6", r"\boxed{27_{10}}"),
