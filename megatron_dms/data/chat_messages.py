@@ -7,6 +7,7 @@ other spellings that public data have become this one here, or are refused by na
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from megatron_dms.data.line_error import LineError, require_text
@@ -79,6 +80,7 @@ def as_messages(
         _flatten(fields, k, left_out)
         _join_old_call(fields)
         _name_thoughts_once(fields)
+        left_out += [f"{name} of messages" for name, value in fields.items() if not _has_text(value)]
         says_more = bool(fields.get("tool_calls")) or any(fields.get(name) for name in _REASONING)
         if "content" not in fields and says_more:
             fields["content"] = ""
@@ -124,9 +126,21 @@ def _call_of_text(text: Any, k: int) -> list[dict[str, Any]]:
 
 
 def _join_old_call(fields: dict[str, Any]) -> None:
-    """Write OpenAI's former function_call as a call of a tool."""
+    """Read calls that are written as JSON, and write OpenAI's former function_call as a call of a tool."""
+    if isinstance(fields.get("tool_calls"), str):
+        with suppress(ValueError, RecursionError):
+            fields["tool_calls"] = json.loads(fields["tool_calls"])
+    if not fields.get("tool_calls", True):  # an empty list, as columns of all messages have
+        del fields["tool_calls"]
     if isinstance(fields.get("function_call"), dict) and "tool_calls" not in fields:
         fields["tool_calls"] = [{"type": "function", "function": fields.pop("function_call")}]
+
+
+def _has_text(value: Any) -> bool:
+    """Whether a value holds a string, which has to reach the tokens; numbers cannot be looked for there."""
+    if isinstance(value, dict | list):
+        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)
 
 
 def _name_thoughts_once(fields: dict[str, Any]) -> None:

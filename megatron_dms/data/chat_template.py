@@ -97,7 +97,7 @@ class ChatTemplate:
             LineError: a part that says something is missing.
         """
         twin, parts = self._twin(chat, chat.messages)
-        if template_parts.has_marks(text) or len(parts) > template_parts.LIMIT:
+        if len(parts) > template_parts.LIMIT:
             lost = [part for part in parts if not template_parts.contained(text, part)]
             return parts, None, _left_out(lost, chat)
         try:

@@ -205,7 +205,6 @@ def _forms(text: str) -> Iterator[str]:
     quoted = json.dumps(text, ensure_ascii=False)
     yield quoted[1:-1]
     yield json.dumps(text)[1:-1]
-    yield json.dumps(quoted, ensure_ascii=False)[3:-3]
     yield json.dumps(quoted[1:-1], ensure_ascii=False)[1:-1]
     yield repr(text)[1:-1]
 
@@ -239,11 +238,6 @@ def _after(text: str, position: int, trail: str) -> int | None:
 
 
 def contained(text: str, part: Part) -> bool:
-    """Whether a part stands anywhere in a text, for texts that use the marks themselves."""
+    """Whether a part stands anywhere in a text, for chats with more parts than marks."""
     squeezed = _squeeze(text)
     return any(_squeeze(form) in squeezed for form in _forms(part.lead + part.core + part.trail))
-
-
-def has_marks(text: str) -> bool:
-    """Whether a text uses characters of the marks itself."""
-    return not text.isascii() and _MARK.search(text) is not None

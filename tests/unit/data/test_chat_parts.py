@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_dms.data import template_parts
 from megatron_dms.data.chat_encoder import DocumentEncoder, LineError
 from tests.support import chat_templates as templates
 from tests.support.tools import ROOT, run_tool
@@ -15,6 +16,7 @@ from tests.support.tools import ROOT, run_tool
 QWEN3_WITH_THOUGHTS = (ROOT / "examples" / "qwen3_with_thoughts.jinja").read_text(encoding="utf-8")
 USER = {"role": "user", "content": "two plus two?"}
 ANSWER = {"role": "assistant", "content": "four."}
+WHERE = "{{ t.function.parameters.properties.city.description }}"
 ARGUMENTS = {"city": "Bern", "days": 3}
 
 
@@ -74,6 +76,8 @@ LOST = {
     ),
     "the end of a text": (
         templates.CHATML.replace("m.content", "m.content[:9]"), [USER, ANSWER], "two plus two?"),
+    "the middle of a text": (
+        templates.CHATML.replace("m.content", "m.content | replace('plus', '')"), [USER, ANSWER], "content"),
     "earlier thoughts": (
         templates.QWEN3,
         [USER, {**ANSWER, "reasoning_content": "hm"}, USER, ANSWER],
@@ -111,23 +115,22 @@ def test_tools_that_are_lost_are_refused(folder: str, lost: str) -> None:
     parts = {"name": "t.function.name", "description": "t.function.description",
              "days": "t.function.parameters.properties | list | join"}  # fmt: skip
     written = "".join(f"{{{{ {value} }}}} " for key, value in parts.items() if key != lost)
-    template = "{% for t in tools %}" + written + "where {% endfor %}" + templates.CHATML
+    template = "{% for t in tools %}" + written + WHERE + "{% endfor %}" + templates.CHATML
     with pytest.raises(LineError, match="leaves out part of tools"):
         encoded(folder, template, line)
 
 
 def test_records_are_counted_and_fields_can_be_dropped(folder: str) -> None:
     """Catches: ids that refuse a line, a loss that no count shows, and --drop-field that drops nothing."""
-    messages = [{**USER, "name": "Ann", "n": None}, {**ANSWER, "plan": "add"}]
+    messages = [{**USER, "name": "Ann", "n": None}, {**ANSWER, "plan": "add", "rank": {"of": [3]}}]
     row = {"messages": messages, "source": "web", "nothing": None, "url": "u"}
     encoder = DocumentEncoder(folder, dropped=("plan", "url"))
     document = encoder.encode_document(row)
-    counted = ["column source", "column url", "name of messages", "plan of messages"]
+    counted = ["column source", "column url", "name of messages", "plan of messages", "rank of messages"]
     assert sorted(document.left_out) == counted
     assert "add" not in encoder.tokenizer.decode(document.ids)
 
 
-SAME = "<|im_start|>assistant\nfour.<|im_end|>\n"
 TAIL = '{"city": "Bern", "days": 3}}\n</tool_call><|im_end|>'
 
 
@@ -143,6 +146,9 @@ TAIL = '{"city": "Bern", "days": 3}}\n</tool_call><|im_end|>'
          "four.<|im_end|><think>\nhm\n</think>\n\nfour.<|im_end|>"),
         (templates.QWEN3, [USER, call(content=None), {"role": "tool", "content": "wet"}, ANSWER],
          '<tool_call>\n{"name": "weather", "arguments": ' + TAIL + "four.<|im_end|>"),
+        (templates.LLAMA3, [USER, {**call(), "tool_calls": json.dumps(call()["tool_calls"])}],
+         '{"name": "weather", "parameters": {"city": "Bern", "days": 3}}<|im_end|>'),
+        (templates.CHATML, [USER, {**ANSWER, "tool_calls": []}], "four.<|im_end|>"),
         (templates.LLAMA3, [USER, call(), {"role": "tool", "content": 'say "wet"'}, ANSWER],
          '{"name": "weather", "parameters": {"city": "Bern", "days": 3}}<|im_end|>four.<|im_end|>'),
         (templates.MISTRAL,
@@ -159,6 +165,8 @@ TAIL = '{"city": "Bern", "days": 3}}\n</tool_call><|im_end|>'
         # No token closes a turn.
         (("{% for m in messages %}{{ m.role }}: {{ m.content }} END\n{% endfor %}"
           "{% if add_generation_prompt %}assistant: {% endif %}"), [USER, ANSWER, USER], "four. END"),
+        ("{% for m in messages %}{{ m.content }} END\n{% endfor %}",
+         [USER, {**ANSWER, "content": "a<|endoftext|>b"}], "a<|endoftext|>b END"),
         (templates.CHATML, [USER, {**ANSWER, "weight": 0}, USER, ANSWER], "four.<|im_end|>"),
         (templates.CHATML, [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "weight": 1}],
          "four.<|im_end|>"),
@@ -216,7 +224,13 @@ def test_templates_that_look_at_the_text(folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["c.function.arguments | tojson(indent=2)", "c.function.arguments", "c | string"]
+    "written",
+    [
+        "c.function.arguments | tojson(indent=2)",
+        "c.function.arguments",
+        "c.function.arguments | tojson | tojson",
+        "c | string",
+    ],
 )
 def test_forms_of_a_string(folder: str, written: str) -> None:
     """A template may quote what it writes. Catches: each form that is not known."""
@@ -248,6 +262,15 @@ def test_what_no_template_takes_is_named(folder: str, line: dict, said: str) -> 
     with pytest.raises(LineError) as error:
         encoded(folder, templates.CHATML, line)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_marks_that_are_escaped() -> None:
+    """JSON in ASCII and Python write a mark as an escape. Catches: either form unread."""
+    twin, parts = template_parts.mark({"messages": [{"role": "user", "content": "ä b"}]})
+    content = twin["messages"][0]["content"]
+    for written in (content, json.dumps(content), repr(content)):
+        text, places = template_parts.locate(written, parts)
+        assert places[0] is not None and text[places[0].begin : places[0].end].endswith(" b")
 
 
 def test_variables_of_the_template(folder: str) -> None:

@@ -68,6 +68,8 @@ WRITERS: dict[str, Callable[[list[dict], Path], object]] = {
     "lines.json": lambda rows, path: path.write_text(
         "\n" + json.dumps(rows, indent=2, ensure_ascii=False) + "\n\n"),
     "array.json.gz": lambda rows, path: path.write_bytes(gzip.compress(json.dumps(rows, indent=1).encode())),
+    "array_mark.json": lambda rows, path: path.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(rows, indent=1).encode()),
     "a.parquet": parquet,
     "stream.arrow": lambda rows, path: arrow(rows, path, "new_stream"),
     "file.arrow": lambda rows, path: arrow(rows, path, "new_file"),
@@ -238,6 +240,8 @@ def test_a_folder_as_prefix_is_refused(tmp_path: Path, ending: str) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=f"--output-prefix: found the folder .*give {tmp_path}/out/train"):
         PreprocessConfig(("x/train.jsonl.gz",), "t", f"{tmp_path}/out{ending}")
+    with pytest.raises(ValueError, match="--output-prefix: found the folder"):
+        PreprocessConfig(("x",), "t", f"{tmp_path}/new/")
     with pytest.raises(ValueError, match="--field: found 3 columns"):
         PreprocessConfig(("a",), "t", "p", fields=("a", "b", "c"))
     with pytest.raises(DataError, match="found a folder, expected files"):
