@@ -1,5 +1,16 @@
 """The errors that a user meets. A message is one line: what was found, what was expected, the fix."""
 
+from collections.abc import Sequence
+
+_SHOWN = 3
+_LONGEST = 120
+
+
+def some(names: Sequence[object]) -> str:
+    """Return the first few of many names, for a message of one line: "a, b, c and 5 more"."""
+    shown = ", ".join(f"{name!s:.{_LONGEST}}" for name in names[:_SHOWN])
+    return (shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")) or "none"
+
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used."""

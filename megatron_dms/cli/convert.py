@@ -62,7 +62,23 @@ def _parser(program: str) -> Parser:
                 action="store_true",
                 help="replace an existing output once the conversion succeeds (default: refuse)",
             )
+        command.add_argument(
+            "--accept-config-key",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="let a key of config.json through that this project does not know and that leaves the "
+            "model as it is; an import records the key for exports; may be given again (default: none)",
+        )
         if name != "import":
+            command.add_argument(
+                "--accept-argument",
+                action="append",
+                default=[],
+                metavar="NAME",
+                help="let an argument through that Megatron stored, this project does not know and that does "
+                "not change the model; may be given several times (default: none)",
+            )
             command.add_argument(
                 "--iteration",
                 type=count,
@@ -117,6 +133,8 @@ def _verify(options: argparse.Namespace) -> int:
         options.layouts,
         path,
         say,
+        options.accept_config_key,
+        options.accept_argument,
     )
     print(card.to_markdown())
     print(json.dumps({**card.summary(), "card": str(path)}))
@@ -148,7 +166,7 @@ def _report(options: argparse.Namespace) -> "Report":
             "--force replaced; delete it if it is not wanted"
         )
     if options.command == "import":
-        return import_hf(options.hf, options.megatron, options.force, progress)
+        return import_hf(options.hf, options.megatron, options.force, progress, options.accept_config_key)
     return export_hf(
         options.megatron,
         options.hf,
@@ -157,6 +175,8 @@ def _report(options: argparse.Namespace) -> "Report":
         options.force,
         progress,
         options.dms_format,
+        options.accept_config_key,
+        options.accept_argument,
     )
 
 

@@ -7,7 +7,7 @@ old output or nothing (files.py).
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,18 +69,23 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def import_hf(
-    hf_dir: str | Path, megatron_dir: str | Path, force: bool = False, progress: Progress | None = None
+    hf_dir: str | Path,
+    megatron_dir: str | Path,
+    force: bool = False,
+    progress: Progress | None = None,
+    accepted_keys: Collection[str] = (),
 ) -> Report:
     """Convert an HF checkpoint to the Megatron checkpoint `<megatron_dir>/release`, for any TP x PP.
 
-    Every tensor keeps its type. Side files go to `<megatron_dir>/hf`. Raises CheckpointError before
+    Every tensor keeps its type. Side files go to `<megatron_dir>/hf`. accepted_keys: unknown keys of
+    config.json that do not change the model; the checkpoint records them. Raises CheckpointError before
     anything is written if a name, shape, type or setting is not understood, if the disk has too little room,
     or if the two folders overlap.
     """
     begin = time.monotonic()
     check_apart(Path(megatron_dir), Path(hf_dir))
     source = HFFolder(Path(hf_dir))
-    model = read_model(source.config, source.dms_metadata)
+    model = read_model(source.config, source.dms_metadata, accepted_keys, source.head_size())
     rows = model.rows()
     layout = export_files.of_source(source, model, rows)
     taken = [name for row in rows for layer in row.layers(model.layers) for name in row.hf_names(layer)]
@@ -90,7 +95,7 @@ def import_hf(
         release = out / RELEASE
         release.mkdir()
         write(release, chunks, _extra_states(model), _common_state(model))
-        export_files.write_side_files(source, layout, out / HF)
+        export_files.write_side_files(source, layout, out / HF, accepted_keys)
         (out / TRACKER).write_text(RELEASE)  # last: without it nobody takes a folder for a checkpoint
     return tally.report(time.monotonic() - begin)
 
@@ -104,18 +109,24 @@ def export_hf(
     force: bool = False,
     progress: Progress | None = None,
     dms_format: str | None = None,
+    accepted_keys: Collection[str] = (),
+    accepted_arguments: Collection[str] = (),
 ) -> Report:
     """Convert a Megatron checkpoint to an HF checkpoint.
 
     iteration: None means the latest. hf_source: folder with config.json, tokenizer and so on,
     `<megatron_dir>/hf` if not given. dms_format: one of FORMATS (conversion_options.py); None means that of
-    the imported model, else megatron_dms. Tensors are cast to the type they had on import (that of
-    config.json, where that is not known), so that fp32 training of a bfloat16 model gives a bfloat16 model.
+    the imported model, else megatron_dms. accepted_keys, accepted_arguments: unknown keys of config.json and
+    unknown arguments of Megatron that do not change the model. Tensors are cast to the type they had on
+    import (that of config.json, where that is not known), so that fp32 training of a bfloat16 model gives a
+    bfloat16 model.
     Errors as for `import_hf`.
     """
     begin = time.monotonic()
     check_apart(Path(hf_dir), Path(megatron_dir), *([] if hf_source is None else [Path(hf_source)]))
-    tensors = MegatronTensors.open(Path(megatron_dir), iteration, hf_source)
+    tensors = MegatronTensors.open(
+        Path(megatron_dir), iteration, hf_source, accepted_keys, accepted_arguments
+    )
     layout = export_files.for_export(tensors)
     tally = _Tally(layout.infos.values(), progress)
     settings = Settings.plan(tensors, dms_format)

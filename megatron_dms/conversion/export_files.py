@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from megatron_dms.conversion.megatron_tensors import MegatronTensors
 from megatron_dms.conversion.model_card import model_name
 from megatron_dms.conversion.rope import inverse_frequencies
 from megatron_dms.conversion.transforms import Row
-from megatron_dms.errors import CheckpointError
+from megatron_dms.errors import CheckpointError, some
 from megatron_dms.formats.megatron_folder import BUFFERS, SOURCE
 from megatron_dms.formats.safetensors_file import TensorInfo, write_file
 from megatron_dms.formats.tensor_rows import Span, same_bits
@@ -112,7 +112,7 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
     if missing or extra:
         silent = model.dms is None and any(".dms_" in name for name in extra)
         raise CheckpointError(
-            f"{source.path}: tensors missing {_some(missing)}, not expected {_some(extra)} "
+            f"{source.path}: tensors missing {some(missing)}, not expected {some(extra)} "
             f"for this {model.family.model_type} config.json"
             + (", which says nothing of DMS" if silent else "")
         )
@@ -147,22 +147,21 @@ def _check_frequencies(source: HFFolder, name: str, model: Model) -> None:
         )
 
 
-def write_side_files(source: HFFolder, layout: Layout, folder: Path) -> None:
+def write_side_files(
+    source: HFFolder, layout: Layout, folder: Path, accepted_keys: Collection[str] = ()
+) -> None:
     """Write what an export will need in addition to the weights to reproduce the folder `source`: side files,
-    layout and buffers.
+    layout and buffers. accepted_keys: unknown keys of config.json that the user let through.
     """
     for name in side_files(source.path):
         copy_file(source.path / name, folder / name)
     content = {"name": model_name(source.path), **layout.to_json()}
+    if accepted_keys:
+        content["accepted_config_keys"] = sorted(set(accepted_keys))
     (folder / SOURCE).write_text(json.dumps(content, indent=1) + "\n")
     if layout.buffers:
         infos = {name: layout.infos[name] for name in layout.buffers}
         write_file(folder / BUFFERS, infos, ((name, [source.read(name)]) for name in infos))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return shown or "none"
 
 
 def for_export(tensors: MegatronTensors) -> Layout:
@@ -182,7 +181,7 @@ def for_export(tensors: MegatronTensors) -> Layout:
     stale = [name for name in known if not tensors.holds(name)]
     if stale:
         raise CheckpointError(
-            f"{tensors.side_folder / SOURCE} names {_some(stale)}, which the checkpoint lacks"
+            f"{tensors.side_folder / SOURCE} names {some(stale)}, which the checkpoint lacks"
         )
     new = sorted(
         (name for name in tensors.places if name not in known), key=lambda name: tensors.places[name][1]

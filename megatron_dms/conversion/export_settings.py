@@ -48,6 +48,8 @@ class Settings:
             cls._refuse_dense(tensors, source, dms_format)
             return cls(tensors.side_folder, {CONFIG: None}, (), frozenset({CONFIG}))
         config = dms_formats.write_config(tensors.config, source, target, tensors.model.family)
+        if config is not tensors.config:
+            config = {**config, **tensors.model.corrections(config)}
         metadata = dms_formats.write_metadata(tensors.dms_metadata, target, tensors.model.positions)
         content: dict[str, Mapping[str, object] | str | None] = {}
         if metadata is not None:

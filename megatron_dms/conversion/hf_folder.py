@@ -27,13 +27,14 @@ _TENSOR_SUFFIXES = (
     ".onnx",
     ".npz",
 )
+_FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
 _TENSOR_INDEX = ".bin.index.json"
 
 
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object from a file. Raises CheckpointError, naming the file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (ValueError, OSError, RecursionError) as error:
@@ -48,6 +49,14 @@ def is_plain_name(name: object) -> bool:
     if not isinstance(name, str) or name in ("", ".", "..") or len(name.encode()) > 255:
         return False
     return name.isprintable() and "/" not in name
+
+
+def accepted_config_keys(source: Path) -> list[str]:
+    """Return the unknown keys of config.json that the user let through on import, from the file `SOURCE`."""
+    found = read_json(source).get("accepted_config_keys", [])
+    if not isinstance(found, list) or not all(isinstance(key, str) for key in found):
+        raise CheckpointError(f"{source} is damaged; import the checkpoint again")
+    return found
 
 
 def read_dms_metadata(folder: Path) -> dict[str, object] | None:
@@ -111,6 +120,13 @@ class HFFolder:
                 f"{self.path}: {INDEX} names {absent[0]}, but {weight_map[absent[0]]} lacks it"
             )
         return infos
+
+    def head_size(self) -> int | None:
+        """Return the head size that the tensors tell: rows of q_proj for each query head; None if they do not."""
+        info, heads = self.infos.get(_FIRST_QUERY), self.config.get("num_attention_heads")
+        if info is None or type(heads) is not int or heads < 1 or not info.shape or info.shape[0] % heads:
+            return None
+        return info.shape[0] // heads or None
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, and no bytes of other tensors."""

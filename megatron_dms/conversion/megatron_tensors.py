@@ -2,7 +2,7 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from megatron_dms.config import DMSConfig
 from megatron_dms.conversion.families import Model, read_model
-from megatron_dms.conversion.hf_folder import read_dms_metadata, read_json
-from megatron_dms.conversion.training_args import differences
+from megatron_dms.conversion.hf_folder import accepted_config_keys, read_dms_metadata, read_json
+from megatron_dms.conversion.megatron_arguments import check_arguments
 from megatron_dms.conversion.transforms import Row, Vocabulary, part_of
-from megatron_dms.errors import CheckpointError
-from megatron_dms.formats.megatron_folder import BUFFERS, HF, open_checkpoint
+from megatron_dms.errors import CheckpointError, some
+from megatron_dms.formats.megatron_folder import BUFFERS, HF, SOURCE, open_checkpoint
 from megatron_dms.formats.safetensors_file import read_header
 from megatron_dms.formats.tensor_rows import FileRows, Shape, Span
 from megatron_dms.formats.torch_dist import Reader
@@ -23,6 +23,8 @@ from megatron_dms.formats.torch_dist import Reader
 _MOST_STEPS = 2**40
 _NOT_THE_MODEL = re.compile(r"(optimizer|chained_\d+|rng_state|rerun_state)\b|.*\._extra_state\b")
 """Keys of tensors in a training checkpoint that belong to the run, not to the model."""
+_OF_ONE_LAYER = re.compile(r"decoder\.layers\.\d+\.")
+"""Keys of a checkpoint whose layers differ (heterogeneous) or were saved as such."""
 
 
 def _dms_fields(reader: Reader, args: Namespace) -> dict[str, object] | None:
@@ -58,6 +60,12 @@ def _reached_cr(reader: Reader, args: Namespace) -> float | None:
     return config.schedule.target_cr(steps)
 
 
+def _head_size(args: Namespace) -> int | None:
+    """Return the head size that the checkpoint's arguments say, which a config.json may leave open."""
+    found = getattr(args, "kv_channels", None)
+    return found if type(found) is int and found > 0 else None
+
+
 def _buffers(path: Path) -> dict[str, FileRows]:
     infos = read_header(path) if path.is_file() else {}
     return {name: FileRows(path, info.offset, info.dtype, info.shape) for name, info in infos.items()}
@@ -85,10 +93,18 @@ class MegatronTensors:
 
     @classmethod
     def open(
-        cls, megatron_dir: Path, iteration: int | None, hf_source: str | Path | None
+        cls,
+        megatron_dir: Path,
+        iteration: int | None,
+        hf_source: str | Path | None,
+        accepted_keys: Collection[str] = (),
+        accepted_arguments: Collection[str] = (),
     ) -> "MegatronTensors":
         """Open one iteration. Raises CheckpointError for missing, extra or misshapen tensors, and for another
         model than the one of config.json.
+
+        accepted_keys, accepted_arguments: unknown keys of config.json, beside those that the import let
+        through, and unknown arguments that do not change the model.
         """
         reader, args = open_checkpoint(megatron_dir, iteration)
         side_folder = Path(hf_source) if hf_source is not None else megatron_dir / HF
@@ -98,11 +114,10 @@ class MegatronTensors:
             )
         config = read_json(side_folder / "config.json")
         metadata = read_dms_metadata(side_folder)
-        model = read_model(config, metadata)
-        for name, found, wanted in differences(args, model.family.megatron_args(model)):
-            raise CheckpointError(
-                f"{reader.folder} has {name} {found!r}, but {side_folder / 'config.json'} needs {wanted!r}"
-            )
+        source = megatron_dir / HF / SOURCE
+        recorded = accepted_config_keys(source) if source.is_file() else []
+        model = read_model(config, metadata, {*accepted_keys, *recorded}, _head_size(args))
+        check_arguments(args, model, str(reader.folder), str(side_folder / "config.json"), accepted_arguments)
         fields = _dms_fields(reader, args)
         rows = model.family.rows(model, str(fields["predictor"]) if fields else None)
         reached_cr = _reached_cr(reader, args)
@@ -118,9 +133,15 @@ class MegatronTensors:
         expected = {row.megatron: row for row in self.rows}
         missing, extra = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
         if missing or extra:
+            per_layer = any(_OF_ONE_LAYER.match(key) for key in extra)
             raise CheckpointError(
-                f"{self.reader.folder}: tensors missing {missing or 'none'}, not expected "
-                f"{extra or 'none'} for this config.json"
+                f"{self.reader.folder}: tensors missing {some(missing)}, not expected {some(extra)} for this "
+                "config.json"
+                + (
+                    "; its layers have keys of their own: save it with one key for all layers"
+                    if per_layer
+                    else ""
+                )
             )
         for key, row in expected.items():
             lead = (self.model.layers,) if row.per_layer else ()

@@ -9,7 +9,7 @@ are not there. `set_rope` gives the model the exact frequencies instead, whateve
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 
@@ -77,6 +77,9 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
     partial = found.pop("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise CheckpointError(f"config.json: partial_rotary_factor {partial} is not supported, expected 1.0")
+    found.pop("finetuned", None)  # a note of YaRN's authors
+    if rope_type == "yarn" and "attn_factor" in found:
+        _check_attn_factor(found.pop("attn_factor"), found)
     needed, optional = _NEEDED[rope_type], _OPTIONAL.get(rope_type, ())
     missing = [key for key in needed if key not in found]
     extra = sorted(set(found) - set(needed) - set(optional))
@@ -97,6 +100,32 @@ def rope_parameters(config: Mapping[str, object]) -> RopeParameters:
     if rope_type == "yarn":
         numbers = _complete_yarn(numbers, truncate, config.get("max_position_embeddings"))
     return {"rope_type": rope_type, **numbers}
+
+
+def _check_attn_factor(given: object, found: Mapping[str, object]) -> None:
+    """Check that transformers, which ignores YaRN's attn_factor, and vLLM, which ignores attention_factor,
+    compute the same model.
+    """
+    factor = found.get("factor")
+    if not _is_number(given) or not _is_number(factor):
+        raise CheckpointError(
+            f"config.json: RoPE's attn_factor is {given!r:.80}, expected a number; remove it"
+        )
+    scale = _yarn_scale(factor, 1.0)
+    vllm = scale * given
+    said = found.get("attention_factor")
+    if not _is_number(said):
+        said = scale
+    if not math.isclose(said, vllm, rel_tol=1e-3):
+        raise CheckpointError(
+            f"config.json: RoPE's attn_factor {given} makes two models: transformers ignores it (cosine and "
+            f"sine are multiplied by {said:.4g}), vLLM reads it (multiplied by {vllm:.4g}); for vLLM's model add "
+            f'"attention_factor": {vllm:.10g} beside it, for that of transformers remove it'
+        )
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _LARGEST
 
 
 def _complete_yarn(numbers: Mapping[str, float], truncate: object, positions: object) -> dict[str, float]:

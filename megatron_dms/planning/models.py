@@ -139,7 +139,7 @@ def of_folder(folder: Path) -> ModelSize:
 
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; expected a HF folder") from error
     if not isinstance(config, dict):

@@ -120,7 +120,7 @@ class HFWeights(Weights):
         self.folder = self.tokenizer_folder = folder
         self.iteration = 0
         self._source = HFFolder(folder)
-        model = read_model(self._source.config, self._source.dms_metadata)
+        model = read_model(self._source.config, self._source.dms_metadata, head_size=self._source.head_size())
         self._rows = model.rows()
         self._layout = of_source(self._source, model, self._rows)
         self.args = Namespace(**model.family.megatron_args(model), dms=model.dms and model.dms.stored())

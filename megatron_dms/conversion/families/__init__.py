@@ -1,6 +1,6 @@
 """Model families: one file for each `model_type` of config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from megatron_dms.conversion.families import llama, mistral, qwen2, qwen3
 from megatron_dms.conversion.families.decoder import Family, Model
@@ -12,8 +12,16 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
-def read_model(config: Mapping[str, object], dms_metadata: Mapping[str, object] | None = None) -> Model:
+def read_model(
+    config: Mapping[str, object],
+    dms_metadata: Mapping[str, object] | None = None,
+    accepted_keys: Collection[str] = (),
+    head_size: int | None = None,
+) -> Model:
     """Check a parsed config.json (and dms_metadata.json, where there is one) against its family.
+
+    accepted_keys: unknown keys of config.json that the user lets through. head_size: what the tensors say,
+    for a config.json whose head_dim is null.
 
     Raises CheckpointError for anything not understood.
     """
@@ -24,7 +32,7 @@ def read_model(config: Mapping[str, object], dms_metadata: Mapping[str, object] 
             f"config.json: model_type {model_type!r} is unknown, expected one of {', '.join(FAMILIES)}; "
             "a new family is one file in megatron_dms/conversion/families"
         )
-    return family.read(config, dms_metadata)
+    return family.read(config, dms_metadata, accepted_keys, head_size)
 
 
 def megatron_args(config: Mapping[str, object]) -> dict[str, object]:

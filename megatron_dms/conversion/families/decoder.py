@@ -5,7 +5,7 @@ key in it is either used, checked to be off, or listed as without effect on the 
 is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from megatron_dms.conversion import dms_formats
@@ -31,7 +31,8 @@ class Family:
     qk_norm: q_norm and k_norm over the head size. default_head_size, default_groups: where config.json has no
     head_dim or no num_key_value_heads; None means hidden / heads, and as many as heads. qkv_bias: q, k and v
     have biases, the output projection has none (Megatron's --add-qkv-bias). off: further features that must
-    not be in use, key -> the values that mean so; config.json must have these keys.
+    not be in use, key -> the values that mean so; config.json must have these keys. sliding_window_alone:
+    sliding_window is in use by itself; config.json must have the key.
     """
 
     model_type: str
@@ -41,23 +42,38 @@ class Family:
     default_groups: int | None = None
     qkv_bias: bool = False
     off: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    sliding_window_alone: bool = False
 
-    def read(self, config: Mapping[str, object], dms_metadata: Mapping[str, object] | None = None) -> "Model":
-        """Check config.json key by key; raises CheckpointError."""
-        found = config.get("architectures")
-        if not isinstance(found, list) or len(found) != 1 or found[0] not in self.architectures:
+    def read(
+        self,
+        config: Mapping[str, object],
+        dms_metadata: Mapping[str, object] | None = None,
+        accepted_keys: Collection[str] = (),
+        told_head_size: int | None = None,
+    ) -> "Model":
+        """Check config.json key by key; raises CheckpointError. Arguments as of `read_model`."""
+        found = config.get("architectures")  # some programs leave it out; model_type says enough then
+        listed = isinstance(found, list) and len(found) == 1 and found[0] in self.architectures
+        if found is not None and not listed:
             raise CheckpointError(
                 f"config.json: architectures {found!r} is not supported for model_type {self.model_type}, "
                 f"expected [{self.architectures[0]!r}]"
             )
-        keys.check_known(config, self.off)
+        keys.check_known(config, self.off, accepted_keys)
         keys.check_off(config, self.off)
+        # LLaMA 1 as first converted has the second name only
+        length = "max_position_embeddings" if "max_position_embeddings" in config else "max_sequence_length"
+        positions = keys.count(config, length if length in config else "max_position_embeddings")
+        keys.check_sliding_window(config, self.sliding_window_alone, positions)
         hidden, heads = keys.count(config, "hidden_size"), keys.count(config, "num_attention_heads")
         told = "num_key_value_heads" in config  # null means as many as heads, absent the family's default
         groups = keys.count(
             config, "num_key_value_heads", default=heads if told else self.default_groups or heads
         )
-        head_size = keys.count(config, "head_dim", default=self.default_head_size or hidden // heads)
+        default_head_size = self.default_head_size or hidden // heads
+        if "head_dim" in config:  # null: then the tensors tell
+            default_head_size = told_head_size or default_head_size
+        head_size = keys.count(config, "head_dim", default=default_head_size)
         if heads % groups:
             raise CheckpointError(
                 f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
@@ -72,7 +88,7 @@ class Family:
             groups=groups,
             head_size=head_size,
             vocab=keys.count(config, "vocab_size"),
-            positions=keys.count(config, "max_position_embeddings"),
+            positions=positions,
             norm_epsilon=keys.norm_epsilon(config),
             # transformers' default, in all families
             tied=keys.flag(config, "tie_word_embeddings", default=False),
@@ -190,6 +206,12 @@ class Model:
     rope: RopeParameters
     dtype: str | None
     dms: DMSSettings | None
+
+    def corrections(self, config: Mapping[str, object]) -> dict[str, object]:
+        """Return what must change in the config.json that this model was read from, so that transformers can
+        read the file too.
+        """
+        return keys.corrections(config, self.head_size, self.family.sliding_window_alone)
 
     def rows(self) -> list[Row]:
         """Return the name table of the model as its config.json describes it."""

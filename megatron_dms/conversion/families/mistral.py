@@ -9,6 +9,5 @@ FAMILY = Family(
     qk_norm=False,
     default_head_size=None,  # hidden / heads, where config.json has no head_dim (Nemo has one)
     default_groups=8,  # of transformers' MistralConfig
-    # a number switches it on: there is no use_sliding_window here, and the default is 4096
-    off={"sliding_window": (None,)},
+    sliding_window_alone=True,  # there is no use_sliding_window here, and the default is 4096
 )

@@ -50,7 +50,7 @@ def _load(folder: HFFolder, model: Model) -> "PreTrainedModel":
         network_class = method_of(model.dms.stored()).exported_class(model.family.model_type)
     network = network_class.from_pretrained(
         folder.path,
-        config=config_class.from_dict({**folder.config, **entries}),
+        config=config_class.from_dict({**folder.config, **model.corrections(folder.config), **entries}),
         dtype=torch.float32,
         attn_implementation="eager",
         trust_remote_code=False,

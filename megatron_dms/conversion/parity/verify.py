@@ -5,7 +5,7 @@ of ranks, all in fp32, so that a wrong name, a wrong order of heads, a wrong eps
 show even where every tensor agrees with itself. The result is a parity card.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,8 @@ def verify(
     layouts: Sequence[str] = tuple(LAYOUTS),
     card: str | Path | None = None,
     say: Say = lambda line: None,
+    accepted_keys: Collection[str] = (),
+    accepted_arguments: Collection[str] = (),
 ) -> ParityCard:
     """Compare the two checkpoints, and write the card.
 
@@ -46,7 +48,7 @@ def verify(
     run, or if the card cannot be written. Nothing is written then.
     """
     hf, megatron = HFFolder(Path(hf_dir)), Path(megatron_dir)
-    stored = MegatronTensors.open(megatron, iteration, hf.path)
+    stored = MegatronTensors.open(megatron, iteration, hf.path, accepted_keys, accepted_arguments)
     model = stored.model
     _check_same_dms(model.dms, stored.dms_fields)
     sets, not_compared = choose_prompts(model, prompt_tokens)

@@ -96,7 +96,7 @@ def test_rope_equals_transformers(name: str) -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"use_mrope": True}, "use_mrope"),
         (
-            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 255},
             "sliding_window",
         ),
         (
