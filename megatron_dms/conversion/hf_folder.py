@@ -122,7 +122,7 @@ class HFFolder:
         return infos
 
     def head_size(self) -> int | None:
-        """Return the head size that the tensors tell: rows of q_proj for each query head; None if they do not."""
+        """Return the head size that the tensors tell (rows of q_proj for each head); None if they do not."""
         info, heads = self.infos.get(_FIRST_QUERY), self.config.get("num_attention_heads")
         if info is None or type(heads) is not int or heads < 1 or not info.shape or info.shape[0] % heads:
             return None

@@ -241,6 +241,6 @@ tokenizer_legacy tp_comm_atomic_ag tp_comm_atomic_rs tp_comm_overlap_disable_fc1
 train_tokens use_legacy_models use_mcore_models use_nccl_ub wandb_group wandb_id wandb_log_model
 """.split()
 )
-"""Arguments of the run that other versions of Megatron-LM store. From memory of its releases, not complete: an
-argument that is missing here is refused where its value is not empty, with the flag that lets it through.
+"""Arguments of the run that other versions of Megatron-LM store. The list is not complete: an argument that
+is missing here is refused where its value is not empty, with the flag that lets it through.
 """
