@@ -119,8 +119,8 @@ def _check_attn_factor(given: object, found: Mapping[str, object]) -> None:
     if not math.isclose(said, vllm, rel_tol=1e-3):
         raise CheckpointError(
             f"config.json: RoPE's attn_factor {given} makes two models: transformers ignores it (cosine and "
-            f"sine are multiplied by {said:.4g}), vLLM reads it (multiplied by {vllm:.4g}); for vLLM's model add "
-            f'"attention_factor": {vllm:.10g} beside it, for that of transformers remove it'
+            f"sine are multiplied by {said:.4g}), vLLM reads it (multiplied by {vllm:.4g}); for vLLM's model "
+            f'add "attention_factor": {vllm:.10g} beside it, for that of transformers remove it'
         )
 
 

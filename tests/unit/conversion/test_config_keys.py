@@ -105,8 +105,8 @@ def test_the_first_llama_has_its_length_under_another_name() -> None:
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_a_null_head_dim_is_told_by_the_tensors(family: str, tmp_path: Path) -> None:
-    """Catches: the family's default taken though q_proj has other rows; a retrofit's export with a null, which
-    transformers refuses."""
+    """Catches: the family's default taken though q_proj has other rows; a retrofit's export with a null, at
+    which transformers fails."""
     source = MAKERS[family](tmp_path / "hf", **({} if family == "qwen2" else {"head_dim": 16}))
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "head_dim": None}))

@@ -117,7 +117,7 @@ def test_arguments_that_are_not_stored_have_megatrons_defaults(
     rewrite(tmp_path / "megatron", {}, {**FOREIGN, "rotary_base": None}, iteration=5)
     export_hf(tmp_path / "megatron", tmp_path / "out")
     config.write_text(json.dumps({**said, "rope_parameters": {**DEFAULT, "rope_theta": 1e6}}))
-    with pytest.raises(CheckpointError, match="rotary_base 10000, .*'rope_theta': 1000000.0"):
+    with pytest.raises(CheckpointError, match=r"rotary_base 10000, .*'rope_theta': 1000000.0"):
         export_hf(tmp_path / "megatron", tmp_path / "other")
 
 
