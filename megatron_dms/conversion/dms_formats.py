@@ -35,6 +35,8 @@ _FASTDMS_LEAVES_OUT: dict[str, Any] = {
     "zeroing": "before_rope",
 }
 """What every model in the format does: found by running FastDMS's own code beside ours."""
+_BLOCK_SIZE, _NVIDIA_BLOCK_SIZE = "dms_paged_attention_block_size", 256
+"""NVIDIA's key for the tokens of a page of its cache, and its default."""
 _OF_OTHER_SCHEMA = ("sidecar", "decision_source", "schema_version")
 """Keys of later files of the same name, whose predictor is stored apart from the model."""
 
@@ -149,7 +151,22 @@ def write_config(config: Object, source: DMS | None, target: DMS, family: Any) -
     if source is not None and source.format == target.format:
         now = source.settings.to_entries()
         entries = {key: value for key, value in entries.items() if key in now and now[key] != value}
+    if target.format == "nvidia":
+        entries |= _block_size(config, target.settings.window)
     return {**config, **entries}
+
+
+def _block_size(config: Object, window: int) -> dict[str, object]:
+    """Return the key with which NVIDIA's config class takes the window: it asserts a block size below it."""
+    found = config.get(_BLOCK_SIZE, _NVIDIA_BLOCK_SIZE)
+    if isinstance(found, int) and found < window:
+        return {}
+    if window < 2:  # a block has one token at least
+        raise CheckpointError(
+            f"the format nvidia knows only windows of 2 tokens and more, the checkpoint has {window}; use "
+            "--dms-format megatron_dms"
+        )
+    return {_BLOCK_SIZE: 1 << ((window - 1).bit_length() - 1)}
 
 
 def write_metadata(metadata: Object | None, target: DMS, positions: int) -> Object | None:

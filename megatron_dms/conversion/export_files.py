@@ -31,6 +31,16 @@ from megatron_dms.formats.tensor_rows import Span, same_bits
 _SHARD_BYTES = 5 * 10**9
 """Size at which a new file begins, where no layout is known; transformers' own habit."""
 _OUTPUT, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PREFIXES = {
+    "_orig_mod.": "which torch.compile adds",
+    "module.": "which data parallel wrappers add",
+    "base_model.model.": "which PEFT adds (merge the adapter first)",
+    "base_model.": "which a wrapper adds",
+    "language_model.": "of the text part of a vision model",
+    "model.language_model.": "of the text part of a vision model",
+    "student_model.": "of the student in a training checkpoint",
+}
+"""Prefixes of tensors that tools leave -> where they come from."""
 _BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """RoPE's frequencies, which older transformers saved with each layer (Llama 2 has them); none reads them."""
 
@@ -110,6 +120,17 @@ def of_source(source: HFFolder, model: Model, rows: Sequence[Row]) -> Layout:
         _check_frequencies(source, name, model)
     extra = [name for name in extra if name not in buffers]
     if missing or extra:
+        for prefix, cause in _PREFIXES.items():
+            if missing and extra and all(name in extra for name in (prefix + m for m in missing)):
+                raise CheckpointError(
+                    f"{source.path}: each tensor's name begins with {prefix!r}, {cause}; save the "
+                    "model again without it"
+                )
+        if missing and all(m.startswith("model.") and m[6:] in source.infos for m in missing):
+            raise CheckpointError(
+                f"{source.path}: the tensors' names lack 'model.': the inner model was saved without its "
+                "output layer; save the model for causal language modelling"
+            )
         silent = model.dms is None and any(".dms_" in name for name in extra)
         raise CheckpointError(
             f"{source.path}: tensors missing {some(missing)}, not expected {some(extra)} "

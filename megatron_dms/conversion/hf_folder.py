@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,12 @@ _TENSOR_SUFFIXES = (
     ".gguf",
     ".onnx",
     ".npz",
+    ".npy",
+    ".distcp",
+    ".pkl",
 )
+_OF_A_RUN = ("trainer_state.json", "*tfevents*", "optimizer*", "scheduler.*", "rng_state*", "zero_to_fp32.py")
+_RUN_FOLDERS = ("wandb", "runs", "mlruns")
 _FIRST_QUERY = "model.layers.0.self_attn.q_proj.weight"
 _TENSOR_INDEX = ".bin.index.json"
 
@@ -148,12 +154,23 @@ class HFFolder:
 
 
 def side_files(folder: Path) -> Iterator[Path]:
-    """Yield every file that holds no tensors, relative to the folder; hidden folders (.git) are left out."""
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts[:-1])
-        if path.is_file() and not hidden and not path.name.endswith((*_TENSOR_SUFFIXES, _TENSOR_INDEX)):
-            yield relative
+    """Yield the files that belong to the model and hold no tensors, relative to the folder.
+
+    Left out are files with tensors, what a training run wrote (`_OF_A_RUN`), hidden folders (.git), folders
+    of a run (`_RUN_FOLDERS`), and whole folders that hold tensors or a run's files.
+    """
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    tops = {path.parts[0] for path in paths if len(path.parts) > 1 and _left_out(path.name)}
+    for path in paths:
+        inner = path.parts[:-1]
+        hidden = any(part.startswith(".") or part in _RUN_FOLDERS for part in inner)
+        if not hidden and not _left_out(path.name) and not (inner and inner[0] in tops):
+            yield path
+
+
+def _left_out(name: str) -> bool:
+    """Whether a file holds tensors or was written by a training run."""
+    return name.endswith((*_TENSOR_SUFFIXES, _TENSOR_INDEX)) or any(fnmatch(name, kind) for kind in _OF_A_RUN)
 
 
 def copy_file(source: Path, target: Path) -> None:

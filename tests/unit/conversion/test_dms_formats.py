@@ -274,3 +274,12 @@ def test_the_model_card_says_what_was_done(tmp_path: Path) -> None:
     export_hf(tmp_path / "again", tmp_path / "more")
     assert "schedule | 2 |" in (tmp_path / "more/README.md").read_text()
     assert (tmp_path / "more/README_base.md").read_text() == BASE_CARD
+
+
+@pytest.mark.parametrize(("window", "block"), [(256, 128), (512, None), (17, 16), (16, 8), (2, 1)])
+def test_nvidias_block_size_is_below_the_window(window: int, block: int | None, tmp_path: Path) -> None:
+    """NVIDIA's class asserts it, with 256 by default. Catches: a folder that does not load there."""
+    import_hf(make_qwen3(tmp_path / "hf"), megatron := tmp_path / "megatron")
+    rewrite(megatron, {}, {"dms": {**NVIDIA_FIELDS, "window": window, **TRAINED}}, iteration=300)
+    export_hf(megatron, tmp_path / "out", dms_format="nvidia")
+    assert read_json(tmp_path / "out/config.json").get("dms_paged_attention_block_size") == block
