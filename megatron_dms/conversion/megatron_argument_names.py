@@ -207,7 +207,8 @@ inference engine, other kinds of models) that does nothing where its switch is o
 
 COMPLETED = frozenset(
     """
-_is_global_batch_size_explicitly_specified consumed_train_bins consumed_train_samples consumed_valid_samples
+_is_global_batch_size_explicitly_specified gtp_weight_remat_size expert_gtp_weight_remat_size
+consumed_train_bins consumed_train_samples consumed_valid_samples
 cpu_offloading curr_iteration data_parallel_size do_test do_train do_valid grpo_samples_per_iteration
 iteration model_type num_floating_point_operations_so_far params_dtype persist_layer_norm rank
 skipped_train_samples transformer_pipeline_model_parallel_size use_custom_fsdp use_dist_ckpt
