@@ -19,7 +19,7 @@ def kept_fractions(folder: Path, problems: Sequence[dict[str, Any]]) -> dict[str
         "heads": [L][G], the share kept of all decided pairs; "positions": [L * G][T], the share kept at each
         position, up to the length of the longest text; "prompt": mean length of the prompts in tokens.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     lag = model.dms_settings.lag
     found: list[torch.Tensor] = []  # decisions of one forward, in the order of the layers

@@ -26,6 +26,7 @@ Object = Mapping[str, Any]
 
 _OUR_KEYS = ("dms_predictor", "dms_lag")
 _LOADED_BY = "AutoModelForCausalLM"
+_LOADING = ("architectures", "model_type", "auto_map")
 _FASTDMS = {"alpha_scale": "alpha_scale", "alpha_offset": "alpha_offset", "window": "window_size"}
 """Field of DMSSettings -> key of dms_metadata.json, which must have all of these keys."""
 _FASTDMS_LEAVES_OUT: dict[str, Any] = {
@@ -150,7 +151,11 @@ def write_config(config: Object, source: DMS | None, target: DMS, family: Any) -
         entries["auto_map"] = {_LOADED_BY: entries["auto_map"][_LOADED_BY]}
     if source is not None and source.format == target.format:
         now = source.settings.to_entries()
-        entries = {key: value for key, value in entries.items() if key in now and now[key] != value}
+        # An earlier version's export has the base model's type: these keys go with the code files.
+        ours = _LOADING if target.format == "megatron_dms" else ()
+        entries = {
+            key: value for key, value in entries.items() if key in ours or (key in now and now[key] != value)
+        }
     if target.format == "nvidia":
         entries |= _block_size(config, target.settings.window)
     return {**config, **entries}

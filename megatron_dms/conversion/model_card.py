@@ -60,7 +60,7 @@ _RUN = """## Run it
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 inputs = tokenizer("Why is the sky blue?", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))
 print(model.last_kv_stats)

@@ -67,7 +67,7 @@ class DocumentEncoder:
         if loss_on not in LOSS_ON:
             raise ValueError(f"--loss-on: found {loss_on!r}, expected one of {', '.join(LOSS_ON)}")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()
             raise ValueError(

@@ -91,7 +91,8 @@ def refuse_other_autocast(cache: DMSCache, device_type: str) -> None:
 
 
 def refuse_cache_in_checkpointing() -> None:
-    """
+    """Refuse a cache with gradient checkpointing: at the next forward the layers would be without it.
+
     Raises:
         ValueError: always.
     """

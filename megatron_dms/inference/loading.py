@@ -7,7 +7,7 @@ is downloaded.
 from pathlib import Path
 from typing import Any
 
-from megatron_dms.hf import MODELING_MODULE
+from megatron_dms.hf import MODELING_MODULE, base_model_type
 from megatron_dms.inference.checkpoints import read_config
 
 PAGE_ATTENTION = ("torch", "triton")
@@ -33,12 +33,17 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder.
 
     Raises:
-        ValueError: the folder has no tokenizer that can be loaded.
+        ValueError: the folder has no config.json, or no tokenizer that can be loaded.
     """
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer
 
+    # Otherwise transformers asks for the configuration, which is code of the folder, or warns of its type.
+    model_type = base_model_type(str(read_config(folder).get("model_type")))
+    config = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder} has no usable tokenizer: {reason}") from error

@@ -86,8 +86,9 @@ def wait_for_claim(save: Path, seconds: float) -> None:
     while _read(save / OWNER).get("rendezvous") != _rendezvous():
         if time.monotonic() > end:
             raise CheckpointError(
-                f"rank 0 did not write {save / OWNER} within {seconds:.0f} s, or this node does not see the "
-                "file; do all nodes share --save?"
+                f"rank 0 did not write {save / OWNER} within {seconds:.0f} s: found the rendezvous "
+                f"{_read(save / OWNER).get('rendezvous')}, expected {_rendezvous()}; do all nodes share "
+                "--save, and spell MASTER_ADDR alike?"
             )
         time.sleep(_POLL)
 

@@ -20,16 +20,23 @@ _OTHER_SCHEDULE = (
 )
 # Megatron finds the state of a parameter group by these values, so no flag can change them.
 _GROUP = ("optimizer", "lr", "min_lr", "start_weight_decay", "end_weight_decay")
+# These come back with the state, whatever the command line says.
+_STORED = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum", "lion_beta1", "lion_beta2")
 # What Megatron's scheduler compares, beside the numbers of samples.
 _SCHEDULE = ("lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "weight_decay_incr_style")
-_LENGTHS = ("global_batch_size", "train_iters", "lr_decay_iters")
+_LENGTHS = (
+    *("global_batch_size", "train_iters", "lr_decay_iters"),
+    *("train_samples", "lr_decay_samples", "lr_warmup_samples"),
+)
 _OTHER_DATA = "the training data (or its --split) is not what it was"
 _RESHARDABLE = "--dist-ckpt-optim-fully-reshardable"
 _LAYOUT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    *("overlap_grad_reduce", "ddp_bucket_size", "ddp_num_buckets", "bf16", "fp16"),
 )
+_SMALL_DP = 40  # up to here, Megatron's buckets do not depend on DP
 
 
 def samples_of(args: Namespace) -> dict[str, Any]:
@@ -64,17 +71,19 @@ def check_resumption(args: Namespace, saved: Namespace, dms: DMSConfig) -> None:
     if args.no_load_optim:
         return
     _check_optimizer_layout(args, saved)
-    for name in _GROUP:
+    for name in (*_GROUP, *_STORED):
         if (found := _changed(args, saved, name)) is not None:
+            stored = "under" if name in _GROUP else "with"
             raise StartupError(
-                f"{found}, and the optimizer's state is stored under that value; use it again, or {_NEW_RUN}"
+                f"{found}, and the optimizer's state is stored {stored} that value; use it again, or "
+                f"{_NEW_RUN}"
             )
     if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
         return
     for name in (*_LENGTHS, *_SCHEDULE):
         if (found := _changed(args, saved, name)) is not None:
-            counted = " and the learning-rate schedule counts samples" if name in _LENGTHS else ""
-            raise StartupError(f"{found}{counted and ',' + counted}; {_OTHER_SCHEDULE}")
+            counted = ", and the learning-rate schedule counts samples" if name in _LENGTHS else ""
+            raise StartupError(f"{found}{counted}; {_OTHER_SCHEDULE}")
 
 
 def _check_samples(args: Namespace, saved: Namespace, dms: DMSConfig) -> None:
@@ -100,9 +109,11 @@ def _check_optimizer_layout(args: Namespace, saved: Namespace) -> None:
         raise StartupError(
             f"the optimizer's state was saved {done} {flag}; {'add' if before else 'drop'} it, or {_NEW_RUN}"
         )
-    if not before or saved.dist_ckpt_optim_fully_reshardable:
+    if not before or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
-    for name in _LAYOUT:
+    sizes = [getattr(each, "data_parallel_size", 1) for each in (args, saved)]
+    by_dp = args.overlap_grad_reduce and max(sizes) > _SMALL_DP
+    for name in (*_LAYOUT, *(("data_parallel_size",) if by_dp else ())):
         if (found := _changed(args, saved, name)) is not None:
             raise StartupError(
                 f"{found}, and the optimizer's state is stored by that layout; use it again (with "
@@ -120,4 +131,11 @@ def _changed(args: Namespace, saved: Namespace, name: str) -> str | None:
 
 def _value(args: Namespace, name: str) -> Any:
     value = getattr(args, name, None)
-    return args.train_iters if name == "lr_decay_iters" and value is None else value
+    if value is None and args.train_samples is None and name == "lr_decay_iters":
+        return args.train_iters
+    if value is None and args.train_samples is not None:  # Megatron fills these in at the start of training
+        if name == "train_iters":
+            return args.train_samples // args.global_batch_size
+        if name == "lr_decay_samples":
+            return args.train_samples
+    return value

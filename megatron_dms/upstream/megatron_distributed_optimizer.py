@@ -4,7 +4,8 @@ torch's AdamW, which takes the place of Transformer Engine's and Apex's, counts 
 its state. Megatron saves one count for all, which is right, but its code has four faults:
 
 - It takes the one count that it finds. It fails in an optimizer without state: before the first step, so in
-  every resumed run, and on a rank whose share of the parameters is empty.
+  every resumed run, and on a rank whose share of the parameters is empty (such a rank can save with
+  `--dist-ckpt-optim-fully-reshardable` only).
 - Loading gives all parameters the same tensor as their count, which each of them then raises in place.
 - Then loading overwrites this count with what it was before (`dp_reshardable`), or misses it in the
   checkpoint (`fully_reshardable`).

@@ -65,7 +65,7 @@ def loaded(exported: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).eval()
-    return model, AutoTokenizer.from_pretrained(exported)
+    return model, AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
 
 
 def problems(count: int) -> list[dict]:

@@ -133,7 +133,7 @@ def test_decisions_of_a_retrofit(
     monkeypatch.setattr(benchmark, "CHUNK", 7)
     shape, found = of_checkpoint(checkpoint, text, [9, 30], CPU)
     assert shape == Shape(B=1, H=4, G=2, D=16, window=5)
-    ids = AutoTokenizer.from_pretrained(checkpoint)(text.read_text())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)(text.read_text())["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
     for T, decisions in found.items():
         carried = reference(model, torch.tensor(ids[:T])).decision  # [L, G, T]

@@ -214,7 +214,10 @@ def test_command_line(exported: Path, prompts: Path, tmp_path: Path) -> None:
 
     from transformers import AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(exported), tiny_model(vocab_size=72)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(exported, trust_remote_code=True),
+        tiny_model(vocab_size=72),
+    )
     chat = f"<s> <|im_start|> user {ENTRIES[1]['messages'][0]['content']} <|im_end|> <|im_start|> assistant"
     chat = tokenizer.bos_token + chat.removeprefix("<s>")
     texts = [

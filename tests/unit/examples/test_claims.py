@@ -128,7 +128,7 @@ def test_where_pairs_are_kept(lag: int, tmp_path: Path) -> None:
     problems = script("trials").heldout_set(3)
     found = script("where").kept_fractions(folder, problems)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     texts = [tokenizer.apply_chat_template(p["messages"], return_dict=True)["input_ids"] for p in problems]
     assert len({len(ids) for ids in texts}) > 1
     kept = [~reference(model, torch.tensor(ids)).decision[..., lag:] for ids in texts]

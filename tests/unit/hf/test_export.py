@@ -127,7 +127,7 @@ def test_config_entries_read_back(model_type, predictor):
     module, class_name = entries["auto_map"]["AutoModelForCausalLM"].split(".")
     assert f"{module}.py" in {file.name for file in export_files()}
     assert entries["architectures"] == [class_name]
-    assert getattr(modeling_dms, class_name).config_class.model_type == f"{model_type}_dms"
+    assert getattr(modeling_dms, class_name).config_class().to_dict()["model_type"] == f"{model_type}_dms"
     assert entries["dms_separate_alpha"] == (predictor == "linear")
     assert json.loads(json.dumps(entries)) == entries
     assert DMSSettings.from_entries(entries) == DMSSettings(**(SETTINGS | {"predictor": predictor}))

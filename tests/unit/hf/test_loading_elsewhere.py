@@ -12,6 +12,7 @@ from torch import equal
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dms.hf import MODEL_CLASSES, base_model_type
+from megatron_dms.inference.loading import load_tokenizer
 from tests.support.exported_models import export, export_with_tokenizer
 from tests.support.tiny_dms_models import random_tokens, tiny_model
 from tests.support.tools import ROOT
@@ -83,10 +84,43 @@ def test_an_export_of_an_earlier_version_is_loaded(tmp_path: Path) -> None:
     assert equal(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_the_tokenizer_needs_no_flag(tmp_path: Path) -> None:
-    """Catches: a tokenizer that is looked up by a model type that no library knows."""
-    tokenizer = AutoTokenizer.from_pretrained(export_with_tokenizer(tmp_path))
+@pytest.mark.parametrize(
+    "tokenizer_class",
+    ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer", "Qwen2TokenizerFast", None],
+)
+@pytest.mark.parametrize("family", MODEL_CLASSES)
+def test_the_base_model_s_tokens(family: str, tokenizer_class: str | None, tmp_path: Path) -> None:
+    """transformers 5 picks the class by model type where tokenizer_config.json names an unlikely one.
+    Catches: an export that is evaluated on other tokens than those that its base was trained on."""
+    exported, base = tmp_path / "export", tmp_path / "base"
+    exported.mkdir()
+    export_with_tokenizer(exported, family=family)
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key != "tokenizer_class"}
+    settings |= {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
+    (exported / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copytree(exported, base)
+    config = json.loads((exported / "config.json").read_text())
+    plain = {key: value for key, value in config.items() if key != "auto_map" and not key.startswith("dms_")}
+    (base / "config.json").write_text(json.dumps({**plain, "model_type": family}))
+    text = "a = 3 + 4; b = a * 2"
+    expected = AutoTokenizer.from_pretrained(base)
+    for found in (
+        AutoTokenizer.from_pretrained(exported, trust_remote_code=True),
+        load_tokenizer(exported),
+    ):
+        assert type(found) is type(expected)
+        assert found(text)["input_ids"] == expected(text)["input_ids"]
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_tokenizer_needs_no_code(flag: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: a tokenizer that is looked up by a model type that no library knows, and a question on the
+    terminal, which transformers 5 asks for 15 seconds where it is told neither."""
+    tokenizer = AutoTokenizer.from_pretrained(export_with_tokenizer(tmp_path), trust_remote_code=flag)
     assert tokenizer.decode(tokenizer("1 + 2")["input_ids"])
+    assert load_tokenizer(tmp_path)("1 + 2")["input_ids"] == tokenizer("1 + 2")["input_ids"]
+    assert "[y/N]" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(

@@ -23,7 +23,7 @@ ROPES = {
 }
 
 
-@pytest.mark.parametrize("spelling", ["transformers 5", "transformers 4"])
+@pytest.mark.parametrize("spelling", ["transformers 5", "transformers 4", "by hand"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("name", ROPES)
 def test_frequencies(name: str, family: str, spelling: str, tmp_path: Path) -> None:
@@ -34,6 +34,9 @@ def test_frequencies(name: str, family: str, spelling: str, tmp_path: Path) -> N
     config = {key: value for key, value in config.items() if not key.startswith("rope_")}
     if spelling == "transformers 5":
         config |= {"rope_parameters": rope}
+    elif spelling == "by hand":  # as people add a scaling to what transformers 4 has saved
+        theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
+        config |= {"rope_theta": theta, "rope_parameters": {"type": kind, **rope}}
     else:
         config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if name == "default" else rope}
     (tmp_path / "config.json").write_text(json.dumps(config))
