@@ -27,8 +27,8 @@ MERGING_REQUIRES: Mapping[str, object] = {
 MERGING_FIELDS = ("method", "importance_scale", "importance_offset")
 """The fields that a checkpoint or a config.json holds for a model that merges, and for no other model."""
 LATER_FIELDS: Mapping[str, object] = {"zeroing": ZEROINGS[0]}
-"""The fields that a checkpoint or a config.json holds only where they differ from this default: files that are
-older than the field stay as they are."""
+"""The fields that a checkpoint or a config.json holds only where they differ from this default: files
+that are older than the field stay as they are."""
 
 _FIELDS = {
     "dms_predictor": "predictor",
