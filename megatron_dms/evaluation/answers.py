@@ -14,24 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from megatron_dms.evaluation.answer_letters import choice_letter
-from megatron_dms.evaluation.answer_numbers import integer_answer
-from megatron_dms.evaluation.answer_text import last_box, last_boxes, visible
+from megatron_dms.evaluation.answer_text import last_boxes, visible
 from megatron_dms.evaluation.formula_equality import equal
 from megatron_dms.evaluation.formula_numbers import Unreadable
 from megatron_dms.evaluation.formula_shapes import Shape, read
 from megatron_dms.evaluation.formula_text import cleaned, plain
-
-__all__ = [
-    "MathAnswer",
-    "answer_classes",
-    "choice_letter",
-    "integer_answer",
-    "last_box",
-    "math_answer",
-    "math_equal",
-    "math_gold",
-]
 
 _PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:and|or|sqrt|pi|sin|cos|tan|ln|log)\b)[A-Za-z]{2,}(?![^{]*\})")
 _SEARCHED = 20_000  # characters at the end of a text without a box
@@ -68,7 +55,7 @@ def math_answer(text: str, seconds: int = 5) -> MathAnswer | None:
     return _stated(text) or _chosen(text[-_SEARCHED:], seconds)
 
 
-def math_gold(text: str, seconds: int = 5) -> MathAnswer:
+def math_gold(text: str) -> MathAnswer:
     r"""Return the answer of a data set. Without a box, the whole text is the answer.
 
     Raises:
@@ -81,7 +68,7 @@ def math_gold(text: str, seconds: int = 5) -> MathAnswer:
     return gold
 
 
-def math_equal(gold: MathAnswer, answer: MathAnswer, seconds: int = 5) -> bool:
+def math_equal(gold: MathAnswer, answer: MathAnswer) -> bool:
     """Whether `answer` is right, given `gold`.
 
     Numbers are compared exactly, or to 6 or more decimals if one of both is a decimal number with as many.
@@ -90,9 +77,6 @@ def math_equal(gold: MathAnswer, answer: MathAnswer, seconds: int = 5) -> bool:
     does not matter, that of a tuple does. "x = 5" is 5, but not "y = 5". An interval answers a gold
     inequality; an inequality answers a gold interval unless that may be a point such as (1, 2). What cannot
     be read as a whole is equal to the same text only.
-
-    Args:
-        seconds: not used; nothing here takes long.
     """
     if gold.text == answer.text:
         return True

@@ -186,7 +186,21 @@ def rename_cache(inputs: dict[str, Any]) -> None:
     Raises:
         ValueError: there is a cache under both names.
     """
-    given = {name: cache for name in CACHE_NAMES if (cache := inputs.pop(name, None)) is not None}
-    if len(given) > 1:
-        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
-    inputs[CACHE_NAME] = next(iter(given.values()), None)
+    refuse_two_caches(inputs)
+    given = [inputs.pop(name, None) for name in CACHE_NAMES]
+    inputs[CACHE_NAME] = next((cache for cache in given if cache is not None), None)
+
+
+def refuse_two_caches(inputs: dict[str, Any]) -> None:
+    """Refuse a cache under each of its two names: transformers 5.24 would drop one.
+
+    Prefix tuning (PEFT) puts its own cache beside that of `generate`.
+
+    Raises:
+        ValueError: there is a cache under both names.
+    """
+    if all(inputs.get(name) is not None for name in CACHE_NAMES):
+        raise ValueError(
+            f"{' and '.join(CACHE_NAMES)} are two names of one argument, and both are given; give one of "
+            "them (prefix tuning, which brings a cache of its own, is not supported by DMS models)"
+        )

@@ -33,7 +33,7 @@ from transformers.generation import StoppingCriteriaList
 from transformers.utils import logging
 
 from .attention_dms import DMSAttention, DMSStep, install_attention
-from .cache_dms import CACHE_NAME, DMSCache, rename_cache
+from .cache_dms import CACHE_NAME, DMSCache, refuse_two_caches, rename_cache
 
 # From a local folder, transformers 4.57 copies only the files that this file imports. The imports marked F401
 # are here for that reason alone.
@@ -61,7 +61,6 @@ from .refusals_dms import (
     refuse_packed,
     refuse_positions,
     refuse_sliding_layers,
-    refuse_two_caches,
 )
 from .sparse_attention_dms import NewTokens
 from .stats_dms import KVMeter, KVStats
@@ -104,7 +103,7 @@ class DMSForCausalLM(CausalLM):
         self._dms_meter: KVMeter | None = None
         install_attention(self.model.layers, self.dms_settings, self._attention_class)
         self._freeze_predictor()
-        self.register_forward_pre_hook(refuse_two_caches, with_kwargs=True)
+        self.register_forward_pre_hook(_refuse_two_caches, with_kwargs=True)
         self.model.register_forward_pre_hook(self._prepare_step, with_kwargs=True)
         self.model.register_forward_hook(repeat_rows, with_kwargs=True)
         if self.dms_settings.disable_eviction:
@@ -339,6 +338,11 @@ class Qwen3ForCausalLMDMS(DMSForCausalLM, Qwen3ForCausalLM):
     """Qwen3 with DMS."""
 
     config_class = Qwen3Config
+
+
+def _refuse_two_caches(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the causal LM: transformers would drop a cache before the base model is called."""
+    refuse_two_caches(kwargs)
 
 
 def _counts_positions(model: Any) -> bool:

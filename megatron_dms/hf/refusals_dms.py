@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import __version__
 
-from .cache_dms import CACHE_NAME, CACHE_NAMES, DMSCache
+from .cache_dms import CACHE_NAME, DMSCache
 from .configuration_dms import DMSSettings
 
 
@@ -175,19 +175,6 @@ def refuse_packed(position_ids: Tensor | None, real_BT: Tensor | None, T: int) -
         raise ValueError(
             "position_ids do not count up by 1: DMS models do not support several packed texts in one row; "
             "give each its own row, with padding"
-        )
-
-
-def refuse_two_caches(model, args: tuple, kwargs: dict) -> None:
-    """Refuse, as a forward pre-hook, a cache under each of its two names: transformers 5.24 would drop one.
-
-    Prefix tuning (PEFT) puts its own cache beside that of `generate`.
-    """
-    given = [name for name in CACHE_NAMES if kwargs.get(name) is not None]
-    if len(given) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} are two names of one argument, and both are given; give one of them "
-            "(prefix tuning, which brings a cache of its own, is not supported by DMS models)"
         )
 
 

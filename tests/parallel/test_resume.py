@@ -35,6 +35,18 @@ def stopped_copy(folder: Path, copy: Path) -> Path:
     return copy
 
 
+def assert_resumes(workspace: Workspace, name: str, processes: int, *flags: str) -> None:
+    """Train to the end and again from the middle; assert that curves, weights and optimizer state are equal
+    bit for bit."""
+    folder = workspace.folder / name
+    curves = workspace.run(name, processes, *flags, *saving(folder))
+    copy = stopped_copy(folder, workspace.folder / f"{name}-resumed")
+    resumed = workspace.run(f"{name}-resumed", processes, *flags, *saving(copy))
+    assert_same_curves(resumed, curves, range(HALF, STEPS), 0.0)
+    tensors, different = compare(*(iteration_folder(run, STEPS) for run in (folder, copy)))
+    assert tensors > 10 and different == []
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(
     workspace: Workspace, uninterrupted: tuple[Path, dict[str, list[float]]]
 ) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from megatron_dms.evaluation.answers import choice_letter
+from megatron_dms.evaluation.answer_letters import choice_letter
 from megatron_dms.evaluation.tasks.dataset_files import DatasetRow, problems_of
 from megatron_dms.evaluation.tasks.source import Dataset
 from megatron_dms.evaluation.tasks.task import Grades, Problem, Task, ask, grades_of

@@ -1,4 +1,4 @@
-"""Answers found in text, and which of them are the same."""
+"""Mathematical answers found in text, and which answers are the same."""
 
 import itertools
 import random
@@ -10,47 +10,10 @@ import pytest
 from megatron_dms.evaluation.answers import (
     MathAnswer,
     answer_classes,
-    choice_letter,
-    integer_answer,
-    last_box,
     math_answer,
     math_equal,
     math_gold,
 )
-
-BOXES = [
-    (r"so \boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
-    (r"\boxed{\sqrt{\frac{1}{2}}} }", r"\sqrt{\frac{1}{2}}"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-    (r"\boxed{ 3 } and then \boxed{4", "3"),
-    (r"\fbox {7}", "7"),
-    (r"a { stray and \boxed{8}", "8"),
-    (r"a stray } and \boxed{8}", "8"),
-    (r"\boxed{3}, or rather \boxed{}", ""),
-    ("3", None),
-    (r"\boxed{3", None),
-]
-
-
-@pytest.mark.parametrize(("text", "content"), BOXES)
-def test_last_box(text: str, content: str | None) -> None:
-    r"""Catches: the first brace taken for the end, \{ counted as a brace, a box that the cut left open."""
-    assert last_box(text) == content
-
-
-def test_degenerate_text_takes_no_time() -> None:
-    """Catches: boxes searched anew from each opening (quadratic), patterns that try every split of a run of
-    stars (exponential), Python's limit on the digits of an int."""
-    start = time.perf_counter()
-    assert last_box(r"\boxed{" * 20_000) is None
-    assert choice_letter("The answer is $" + "*" * 5000 + "x" + " " * 5000 + "\n" * 20_000) is None
-    assert integer_answer(r"\boxed{" + "9" * 10_000 + "}") is None
-    assert integer_answer(r"\boxed{" + "0" * 10_000 + "7}") == 7
-    assert integer_answer(r"\boxed{7" + " " * 20_000 + r"\text{" * 5000 + "x}") is None
-    assert integer_answer(r"\boxed{7" + "^ " * 20_000 + "=" * 20_000 + "}") is None
-    assert time.perf_counter() - start < 5
-
 
 EQUAL = [
     ("5", "The answer is 5 cm."),
@@ -183,7 +146,7 @@ def test_comparison_is_limited() -> None:
     """Catches: a limit that is not passed on: these take minutes, or memory without end."""
     start = time.perf_counter()
     one, other = math_answer(r"\boxed{9^{9^{9}}}"), math_answer(r"\boxed{7}")
-    assert one is not None and other is not None and not math_equal(one, other, seconds=1)
+    assert one is not None and other is not None and not math_equal(one, other)
     assert time.perf_counter() - start < 4
 
 
@@ -235,170 +198,3 @@ def test_classes_without_transitivity() -> None:
         runs = {value: sum(b - a > 1 for a, b in itertools.pairwise(known) if b <= value) for value in known}
         keys = [None if value is None else runs[value] for value in values]
         assert classes == [None if key is None else keys.index(key) for key in keys]
-
-
-LETTERS = [
-    ("Answer:\n- C", "C"),
-    ("Answer: `C`", "C"),
-    ("Answer: “C”.", "C"),
-    ("答案 Answer\uff1a(C)", "C"),
-    (r"Answer: \(\mathbf{C}\)", "C"),
-    ("<final_answer> C </final_answer>", "C"),
-    (r"\boxed{\text{Choice C}}", "C"),
-    (r"\boxed{\bf (C)}", "C"),
-    (r"\boxed{C - Oslo}", "C"),
-    (r"\boxed{C \text{ is right}}", "C"),
-    (r"\boxed C", "C"),
-    ("So **C** is the right option.", "C"),
-    ("Option (D) is correct.", "D"),
-    ("A few words.\n(C) 9.81", "C"),
-    ("(A) 4\n(B) 5", None),
-    ("The answer is not B but D.", "D"),
-    ("I would choose C.", "C"),
-    ("<think>The answer is (A).</think>Hm.", None),
-    ("The answer is (A).</think>The answer is (B).", "B"),
-    ("The answer is (B). <think>Or is the answer (A)?", "B"),
-    (r"\boxed{A} and \boxed{B}", None),
-    (r"\boxed{B}, \boxed{B}", "B"),
-    ("The answer is A/B", None),
-    ("The answer is A, B", None),
-    ("The answer is (C)", "C"),
-    ("the correct answer is: B.", "B"),
-    ("**Answer:** D", "D"),
-    ("**Answer: D**", "D"),
-    ("ANSWER: B", "B"),
-    ("The correct option is D", "D"),
-    ("The answer is option (B) because", "B"),
-    (r"\boxed{C}", "C"),
-    (r"$\boxed{\text{(C)}}$", "C"),
-    (r"$\boxed{\textbf{(B)}\ 42}$", "B"),
-    (r"\boxed{C. 42}", "C"),
-    (r"The answer is $\boxed{A}$", "A"),
-    (r"The answer is $\mathbf{B}$", "B"),
-    ("The answer is (A). Wait, no. The answer is (D), for A is odd.", "D"),
-    (r"\boxed{A}, or rather: the answer is (B)", "B"),
-    (r"The answer is (B), or rather \boxed{A}", "A"),
-    ("The answer is **(B)**, and not C. **D** is odd.", "B"),
-    ("**A** is odd\n**B** is right", "B"),
-    ("I choose\n**C) 42**", "C"),
-    ("It is\n\n  (B).", "B"),
-    ("The answer is A.", "A"),
-    ("Answer: A", "A"),
-    ("Answer: A\nThe reason is this", "A"),
-    ("The answer is A because it is", "A"),
-    ("The answer is A good one", None),
-    ("Answer: A good approach is", None),
-    ("A dog is here.", None),
-    ("**A dog** is here", None),
-    ("the answer is a prime", None),
-    ("The answer is Benzene", None),
-    ("The answer is C-14", None),
-    ("The answer is B or C", None),
-    ("The answer is (A) or (B).", None),
-    ("The answer is not A", None),
-    ("The answer is E", None),
-    (r"\boxed{C_5}", None),
-    (r"\boxed{42}", None),
-    ("", None),
-]
-
-
-@pytest.mark.parametrize(("text", "letter"), LETTERS)
-def test_choice_letter(text: str, letter: str | None) -> None:
-    """Catches: the article A, the first letter of a word, an earlier statement, bold text over a
-    statement."""
-    assert choice_letter(text) == letter
-
-
-def test_more_letters() -> None:
-    """Catches: letters of four options where there are ten, or regular expressions made of them."""
-    assert choice_letter("The answer is (J)", "ABCDEFGHIJ") == "J"
-    assert choice_letter("The answer is (J)") is None
-    assert choice_letter("The answer is (B)", "A-C") is None
-
-
-INTEGERS = [
-    (r"\boxed{204\ \text{sq. units}}", 204),
-    (r"\boxed{\text{Answer: } 204}", 204),
-    ("The answer is n = 204.", 204),
-    ("The answer is 20 4", None),
-    ("The answer is $203$ or $204$", None),
-    (r"\boxed{\mathbf{204}}", 204),
-    (r"\boxed{\textstyle 204}", 204),
-    (r"\boxed{\color{blue}{204}.}", 204),
-    (r"\boxed{(204)}", 204),
-    (r"\boxed{204 people}", 204),
-    (r"\boxed 204.", 204),
-    (r"\boxed{２０４}", 204),
-    (r"The answer is $\textbf{204}$.", 204),
-    (r"\boxed{2 04}", None),
-    (r"\boxed{204!}", None),
-    (r"\boxed{204\%}", None),
-    (r"The answer is $204$%.", None),
-    ("The answer is 204 percent.", None),
-    ("The answer is 2:04", None),
-    ("The answer is 200 to 204", None),
-    ("The answer is 204. The answer is correct.", 204),
-    (r"\boxed{203}, \boxed{204}", None),
-    (r"\boxed{204} = \boxed{204}", 204),
-    (r"<think>\boxed{204}, no", None),
-    (r"[THINK]\boxed{203}[/THINK]\boxed{204}", 204),
-    (r"\boxed{203}</think>\boxed{204}", 204),
-    (r"\boxed{073}", 73),
-    (r"\boxed{000}", 0),
-    (r"\boxed{999}", 999),
-    (r"\boxed{ n = 73 }", 73),
-    (r"\boxed{\text{33}}", 33),
-    (r"\boxed{12}, no: \boxed{13}", 13),
-    ("The answer is 042.", 42),
-    ("Final answer: **7**", 7),
-    ("The answer is 3, no: the answer is $4$", 4),
-    (r"\boxed{1000}", None),
-    (r"\boxed{1,000}", None),
-    (r"\boxed{-5}", None),
-    (r"\boxed{204^\circ}", 204),
-    (r"\boxed{$204^{\circ}$}", 204),
-    (r"\boxed{204°}", 204),
-    (r"\boxed{m+n=204}", 204),
-    (r"\boxed{m + n = 100 + 104 = 204}", 204),
-    (r"\boxed{f(1, 2) = 204}", 204),
-    (r"\boxed{204\text{ cm}}", 204),
-    (r"\boxed{204\,\mathrm{cm}^2}", 204),
-    (r"\boxed{73.0}", 73),
-    (r"Answer: \(204\)", 204),
-    (r"The answer is $204^\circ$.", 204),
-    ("The answer is 73.0", 73),
-    (r"\boxed{7.05}", None),
-    (r"\boxed{n \leq 204}", None),
-    (r"\boxed{n <= 204}", None),
-    (r"\boxed{n \not= 204}", None),
-    (r"\boxed{m = 3, n = 204}", None),
-    (r"\boxed{m = 3\text{ and }n = 204}", None),
-    (r"\boxed{204 = m + n}", None),
-    (r"\boxed{203\text{ or }204}", None),
-    (r"\boxed{3\text{ dozen}}", None),
-    (r"\boxed{2^\circ 3}", None),
-    (r"\boxed{\text{cm}}", None),
-    (r"Answer: $2^{10}$", None),
-    ("the answer is 73.05", None),
-    (r"\boxed{\frac{14}{2}}", None),
-    (r"\boxed{x}", None),
-    (r"the answer is 5, or \boxed{}", None),
-    ("the answer is 3.5", None),
-    ("the answer is 12/5", None),
-    ("there are 12", None),
-]
-
-
-@pytest.mark.parametrize(("text", "value"), INTEGERS)
-def test_integer_answer(text: str, value: int | None) -> None:
-    """Catches: octal or refused leading zeros, part of a decimal number, a number merely mentioned, a right
-    answer refused for its unit, sum or zeros, one of several numbers taken."""
-    assert integer_answer(text) == value
-
-
-def test_integer_range() -> None:
-    """Catches: bounds that are not looked at, or a sign or separators that are dropped."""
-    assert integer_answer(r"\boxed{-5}", low=-10) == -5
-    assert integer_answer(r"\boxed{1{,}234}", high=2000) == 1234
-    assert integer_answer("The answer is 1,234.", high=2000) == 1234
